@@ -1,0 +1,1 @@
+"""The device's life, and what both ends share: adapters, wire, configuration, errors."""

@@ -1,0 +1,264 @@
+"""Configuration: one TOML file, `--set section.key=value` over it, defaults here and nowhere else.
+
+This module is the only reader of configuration files and of the environment. Doors (the verbs of `cli`) call `load`;
+rooms receive values. Names follow the ecosystem: PEFT's, TrainingArguments', Flower's and Mosquitto's.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edge_runtime.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """Frozen; a key that does not exist is an error, with the keys that do; so is a number that is not finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Fleet(Section):
+    """Who belongs together."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "fleet"
+    """One level of every topic."""
+    base: str | None = None
+    """Fingerprint of the base model that devices must have; the first device's, when absent."""
+
+
+class Broker(Section):
+    """Which MQTT broker, and how to get in."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 1883
+    username: str | None = None
+    password_file: Path | None = None
+    """A file whose first line is the password; passwords have no place in a fleet's file."""
+    cafile: Path | None = None
+    certfile: Path | None = None
+    keyfile: Path | None = None
+    patience: Annotated[float, Field(gt=0)] | None = None
+    """Seconds to go on trying before the first connection; None tries for ever."""
+
+
+class Rounds(Section):
+    """How the fleet moves from version to version."""
+
+    num_rounds: Positive = 3
+    min_available_nodes: Positive = 2
+    """Devices that must have said hello before the first round."""
+    fraction_train: Fraction = 1.0
+    """Share of the devices that a round asks."""
+    quorum: Fraction = 0.5
+    """Share of the asked devices whose updates suffice once progress has stopped."""
+    progress_timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds without any sign of progress after which the missing devices are given up for this round."""
+
+
+class Adapter(Section):
+    """What is trained."""
+
+    family: Literal["lora"] = "lora"
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    scaling: Annotated[float, Field(gt=0)] = 2.0
+    """PEFT's lora_alpha / r: one number at every rank, so that unequal devices move at equal speed."""
+    max_rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Largest rank that a device may train."""
+    max_length: Annotated[int, Field(ge=8)] = 128
+    """Tokens of an example, at most."""
+
+
+class Aggregator(BaseModel):
+    """How updates are merged; keys beside `method` go to that method's builder."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    method: str = "increment"
+    rank: Positive | None = None
+    """Rank of the global adapter; twice `adapter.max_rank` when absent."""
+
+
+class Training(Section):
+    """One local round on a device."""
+
+    max_steps: Positive = 24
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    batch_size: Positive = 4
+    """Examples of one optimiser step; the device's plan splits them into micro-batches."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 2
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    seed: int = 0
+    personal_steps: Annotated[int, Field(ge=0)] = 16
+    """Steps from the last global adapter to the personal one."""
+
+
+class Wire(Section):
+    """What the bytes look like."""
+
+    codec_up: str = "int8"
+    codec_down: str = "int8"
+    chunk_bytes: Annotated[int, Field(ge=1024, le=8 << 20)] = 120 * 1024
+    band_edges: tuple[Positive, ...] = (4, 8, 16, 32, 64, 128)
+    max_upload_bytes: Positive = 256 << 20
+    """Largest update that the server will stage."""
+
+
+class Device(Section):
+    """This device; read by `edge-runtime client` only."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
+    """Its client id; the host name when absent."""
+    base: str = "smollm2"
+    data: str = ""
+    state_dir: Path = Path("edge-state")
+    memory_limit: Annotated[int, Field(ge=1 << 20)] | None = None
+    """Bytes that training may use, below what the machine would allow."""
+    threads: Positive | None = None
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of the examples held out for evaluation, always the same ones."""
+    eval_examples: Positive = 24
+    """Held-out examples that are really evaluated, at most."""
+    max_examples: Positive | None = None
+
+
+class Server(Section):
+    """The server's own disk."""
+
+    store: Path = Path("edge-server")
+
+
+class Config(Section):
+    """The whole of `fleet.toml`."""
+
+    fleet: Fleet = Fleet()
+    broker: Broker = Broker()
+    rounds: Rounds = Rounds()
+    adapter: Adapter = Adapter()
+    aggregator: Aggregator = Aggregator()
+    training: Training = Training()
+    wire: Wire = Wire()
+    device: Device = Device()
+    server: Server = Server()
+
+    @property
+    def server_rank(self) -> int:
+        """Rank of the global adapter."""
+        return self.aggregator.rank or 2 * self.adapter.max_rank
+
+
+def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a TOML file with `section.key=value` overrides applied.
+
+    Args:
+        path: the file; None means defaults only.
+        overrides: each `section.key=value`; the value is TOML, or text where it is not TOML.
+
+    Raises:
+        ConfigError: no such file, not TOML, an unknown section or key (lists the known ones), or a bad value.
+    """
+    tree = _read(path) if path else {}
+    for override in overrides:
+        _apply(tree, override)
+    return _validate(tree, str(path) if path else "--set")
+
+
+def dump(config: Config) -> str:
+    """The configuration as TOML that `load` reads back; keys that are None are left out."""
+    lines: list[str] = []
+    for section, values in config.model_dump(mode="json", exclude_none=True).items():
+        lines += [f"[{section}]", *(f"{_key(key)} = {_toml(value)}" for key, value in values.items()), ""]
+    return "\n".join(lines)
+
+
+def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """Where converted base models and device profiles are kept: $EDGE_RUNTIME_CACHE, or the XDG cache directory."""
+    env = os.environ if environ is None else environ
+    if env.get("EDGE_RUNTIME_CACHE"):
+        return Path(env["EDGE_RUNTIME_CACHE"])
+    root = Path(env["XDG_CACHE_HOME"]) if env.get("XDG_CACHE_HOME") else Path.home() / ".cache"
+    return root / "edge-runtime"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"configuration file expected at {path}; found none; check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} is not a readable TOML file: {error}") from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not equals or not dot or not key:
+        raise ConfigError(f"--set takes section.key=value; found {override!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    table = tree.setdefault(section, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"'{section}' must be a table; found {table!r}")
+    table[key] = value
+
+
+def _validate(tree: Mapping[str, Any], source: str) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = [str(part) for part in first["loc"]]
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"{source}: {_unknown(where)}") from error
+        # A pattern in the message is not to be changed; only its first letter stands in the middle of a sentence now.
+        problem = first["msg"][:1].lower() + first["msg"][1:]
+        raise ConfigError(f"{source}: {'.'.join(where)}: {problem}; found {first['input']!r}") from error
+
+
+def _unknown(where: Sequence[str]) -> str:
+    section, key = (None, where[0]) if len(where) == 1 else (where[0], where[1])
+    model = Config if section is None else Config.model_fields[section].annotation
+    known = sorted(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f" (did you mean '{near[0]}'?)" if near else ""
+    what = "section" if section is None else f"key in [{section}]"
+    return f"unknown {what} '{key}'{hint}; expected one of: {', '.join(known)}"
+
+
+def _toml(value: Any) -> str:
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case int() | float():
+            return repr(value)
+        case list() | tuple():
+            return "[" + ", ".join(_toml(item) for item in value) + "]"
+        case dict():
+            return "{" + ", ".join(f"{_key(key)} = {_toml(item)}" for key, item in value.items()) + "}"
+        case _:
+            # A TOML basic string escapes as JSON does, but knows no surrogate pairs and takes no raw DEL.
+            return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _key(key: str) -> str:
+    """A key as TOML writes it: bare where it may be."""
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml(key)

@@ -1,0 +1,1 @@
+"""What an adapter is: low-rank pairs by layer, their algebra, and their files. numpy only."""
