@@ -1,0 +1,1 @@
+"""Who is this device, and what can it bear?"""

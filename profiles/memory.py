@@ -1,0 +1,234 @@
+"""Predicted peak memory of one training process: a sum of named parts, each from a formula or a measurement.
+
+    runtime         the interpreter with torch, transformers, peft and bitsandbytes, after its first step
+    client          this project's own libraries, and the tokenizer
+    base_weights    linear weights at the plan's precision
+    embeddings      embedding, head and norms in the compute type
+    dequantised     the largest 4-bit weight, opened for one product
+    held_adapter    all directions as they were received, and the frozen ones again in the live model, in float32
+    trained_adapter parameter, gradient and two Adam moments in float32: 16 bytes each
+    activations     what the backward pass needs of every trained layer; with checkpointing the input of each, and all
+                    of the one that is being recomputed. Layers below the first trained one keep nothing.
+    logits          one chunk of the head's output, its softmax and its gradient
+    slack           memory that the allocator holds without using it
+
+Source of the activations per token and layer: read in transformers' Llama and peft's Linear4bit, and equal to what
+`torch.autograd.graph.saved_tensors_hooks` counted on SmolLM2-135M (28,084 bytes at 128 tokens in bf16 with q, k, v, o
+as targets: this formula gives 28,076). NF4 with double quantisation: 0.5 B per weight, one 8-bit scale per 64 and one
+float32 per 16,384 weights (Dettmers et al., QLoRA, arXiv 2305.14314, section 3). The constants were measured as VmHWM
+of fresh processes on x86-64 Linux: SmolLM2-135M, torch 2.13 (CPU), transformers 4.57, peft 0.21, bitsandbytes 0.50,
+one thread, up to 60 steps. The base is taken to be on disk at its precision: quantising while loading needs more.
+Predictions for GPUs follow the same formulas and are not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from edge_runtime.errors import ConfigError, unknown_name
+from profiles.card import ModelCard
+from profiles.device import MIB
+
+# Bytes per weight of a linear layer.
+PRECISIONS: Mapping[str, float] = {"nf4": 0.5 + 1 / 64 + 4 / 16384, "bf16": 2.0, "fp32": 4.0}
+
+# Bytes per number of activations and embeddings.
+COMPUTE_DTYPES: Mapping[str, int] = {"bf16": 2, "fp32": 4}
+
+TRAINED_BYTES = 16
+FP32_BYTES = 4
+
+# The loss is computed over as many tokens at a time as fit their float32 logits in here.
+LOGITS_BYTES = 16 * MIB
+
+RUNTIME_BYTES = 433 * MIB
+CLIENT_BYTES = 18 * MIB
+TOKENIZER_BYTES_PER_ENTRY = 700
+# A CUDA context with its libraries, on the card; what is published lies between 0.3 and 0.6 GB.
+CUDA_CONTEXT_BYTES = 600 * MIB
+
+# Which of the two floors fills the memory that is being planned.
+FLOORS: Mapping[str, int] = {
+    "host": RUNTIME_BYTES,
+    "gpu": CUDA_CONTEXT_BYTES,
+    "shared": RUNTIME_BYTES + CUDA_CONTEXT_BYTES,
+}
+
+# glibc's heap cannot return what lies between live tensors. Measured worst cases, of activations kept without
+# checkpointing and of dequantised weights when checkpointed; float32 fragments more. Requests above 32 MiB are mapped
+# one by one and leave no holes.
+HEAP_BYTES = 45 * MIB
+HEAP_SHARE_OF_ACTIVATIONS: Mapping[str, float] = {"bf16": 0.7, "fp32": 1.6}
+HEAP_SHARE_OF_DEQUANTISED = 0.6
+HEAP_LARGEST = 32 * MIB
+# CUDA's caching allocator rounds and keeps blocks: a tenth of what comes and goes.
+GPU_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train: everything about a plan that decides how much memory and time it takes.
+
+    Attributes:
+        target_modules: suffixes of the modules with an adapter, such as q_proj.
+        rank: directions trained in each target of each trained layer.
+        held: directions held in each target of every layer, the trained ones included.
+        layers_trained: the last so many layers are trained.
+        precision: how the base's linear weights are kept: nf4, bf16 or fp32.
+        compute_dtype: type of activations and products: bf16 or fp32.
+        micro_batch: sequences per forward pass.
+        max_length: tokens per sequence.
+        gradient_checkpointing: recompute each trained layer in the backward pass.
+    """
+
+    target_modules: tuple[str, ...]
+    rank: int
+    held: int
+    layers_trained: int
+    precision: str = "nf4"
+    compute_dtype: str = "bf16"
+    micro_batch: int = 1
+    max_length: int = 256
+    gradient_checkpointing: bool = True
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ConfigError(unknown_name("precision", self.precision, PRECISIONS))
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            raise ConfigError(unknown_name("compute dtype", self.compute_dtype, COMPUTE_DTYPES))
+        if not 0 < self.rank <= self.held:
+            raise ConfigError(f"expected 0 < rank <= held; found rank {self.rank}, held {self.held}")
+        counts = (self.layers_trained, self.micro_batch, self.max_length)
+        if min(counts) < 1:
+            raise ConfigError(f"layers trained, micro-batch and length are at least 1; found {counts}")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one forward pass."""
+        return self.micro_batch * self.max_length
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Predicted peak, part by part, in bytes; the module's docstring explains each."""
+
+    runtime: int
+    client: int
+    base_weights: int
+    embeddings: int
+    dequantised: int
+    held_adapter: int
+    trained_adapter: int
+    activations: int
+    logits: int
+    slack: int
+
+    @property
+    def total(self) -> int:
+        """The predicted peak, in bytes."""
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Part → bytes, in the order of the docstring."""
+        return {part.name: getattr(self, part.name) for part in fields(self)}
+
+    def describe(self, most: int | None = None) -> str:
+        """The parts that matter, largest first, on one line; at most `most` of them."""
+        ordered = sorted(self.parts.items(), key=lambda part: -part[1])[:most]
+        return ", ".join(f"{name.replace('_', ' ')} {size / MIB:.0f} MiB" for name, size in ordered if size >= MIB)
+
+
+def estimate(card: ModelCard, setting: Setting, pool: str = "host") -> MemoryEstimate:
+    """Predicted peak of training `card` as `setting` says.
+
+    Args:
+        card: the base model.
+        setting: how it is trained.
+        pool: which memory fills up: "host", "gpu" or "shared" (see `DeviceProfile.pool`).
+
+    Raises:
+        ConfigError: an unknown pool, or more layers trained than the model has.
+        BaseModelError: a target module that the model does not have.
+    """
+    if pool not in FLOORS:
+        raise ConfigError(unknown_name("memory pool", pool, FLOORS))
+    if setting.layers_trained > card.num_layers:
+        raise ConfigError(f"{card.name} has {card.num_layers} layers; found {setting.layers_trained} to be trained")
+    adapter_per_rank = card.rank_parameters(setting.target_modules)
+    trained = setting.rank * setting.layers_trained * adapter_per_rank
+    held = setting.held * card.num_layers * adapter_per_rank
+    activations, recomputed = _activations(card, setting)
+    dequantised = _dequantised(card, setting)
+    logits = _logits(card, setting)
+    return MemoryEstimate(
+        runtime=FLOORS[pool],
+        client=0 if pool == "gpu" else CLIENT_BYTES + TOKENIZER_BYTES_PER_ENTRY * card.vocab_size,
+        base_weights=int(card.linear_parameters * PRECISIONS[setting.precision]),
+        embeddings=_embeddings(card, setting, pool),
+        dequantised=dequantised,
+        held_adapter=(held + held - trained) * FP32_BYTES,
+        trained_adapter=trained * TRAINED_BYTES,
+        activations=activations + recomputed,
+        logits=logits,
+        slack=_slack(card, setting, pool, activations, recomputed + dequantised + logits),
+    )
+
+
+def saved_bytes_per_token(card: ModelCard, setting: Setting) -> int:
+    """What one trained layer keeps of one token for its backward pass, in bytes."""
+    width = COMPUTE_DTYPES[setting.compute_dtype]
+    targets = set(setting.target_modules)
+    norms = 2 * (card.hidden_size * FP32_BYTES + FP32_BYTES)
+    # q, k and v as attention sees them (k and v repeated for every head), and its output; log-sum-exp per head; mask.
+    attention = 4 * card.num_heads * card.head_dim * width + card.num_heads * FP32_BYTES + setting.max_length * width
+    mlp = 3 * card.intermediate_size * width
+    if setting.compute_dtype == "fp32":
+        # Adapters need no cast: those that read the same input share it.
+        readers = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"o_proj"}, {"down_proj"})
+        inputs = sum(card.shape(next(iter(group)))[1] for group in readers if group & targets)
+    else:
+        inputs = sum(card.shape(module)[1] for module in sorted(targets))  # peft casts each module's input on its own
+    return norms + attention + mlp + FP32_BYTES * (inputs + setting.rank * len(targets))
+
+
+def _activations(card: ModelCard, setting: Setting) -> tuple[int, int]:
+    """(kept from forward to backward, recomputed one layer at a time), in bytes."""
+    layer = setting.tokens * saved_bytes_per_token(card, setting)
+    if not setting.gradient_checkpointing:
+        return layer * setting.layers_trained, 0
+    entry = setting.tokens * card.hidden_size * COMPUTE_DTYPES[setting.compute_dtype]
+    return entry * setting.layers_trained, layer
+
+
+def _embeddings(card: ModelCard, setting: Setting, pool: str) -> int:
+    numbers = card.embedding_parameters + card.vector_parameters
+    if setting.compute_dtype == "fp32" and pool == "host":
+        return numbers * (4 + 2)  # the bf16 file stays mapped beside the float32 copy
+    return numbers * COMPUTE_DTYPES[setting.compute_dtype]
+
+
+def _dequantised(card: ModelCard, setting: Setting) -> int:
+    """The largest linear weight in the compute type, and in float32 on its way there."""
+    if setting.precision != "nf4":
+        return 0
+    largest = max(d_out * d_in for d_out, d_in in card.projections.values())
+    return largest * (COMPUTE_DTYPES[setting.compute_dtype] + FP32_BYTES)
+
+
+def _logits(card: ModelCard, setting: Setting) -> int:
+    """A chunk's logits in the compute type, in float32 with softmax in place, and their gradient."""
+    chunk = max(1, min(LOGITS_BYTES // (FP32_BYTES * card.vocab_size), setting.tokens))
+    return chunk * card.vocab_size * (FP32_BYTES + 2 * COMPUTE_DTYPES[setting.compute_dtype])
+
+
+def _slack(card: ModelCard, setting: Setting, pool: str, kept: int, passing: int) -> int:
+    if pool != "host":
+        return int(GPU_SHARE * (kept + passing))
+    if not setting.gradient_checkpointing:
+        return HEAP_BYTES + int(HEAP_SHARE_OF_ACTIVATIONS[setting.compute_dtype] * kept)
+    width = COMPUTE_DTYPES[setting.compute_dtype]
+    opened = [d_out * d_in * width for d_out, d_in in card.projections.values() if setting.precision == "nf4"]
+    holes = sum(size for size in opened if size <= HEAP_LARGEST)
+    return HEAP_BYTES + int(HEAP_SHARE_OF_DEQUANTISED * holes * setting.layers_trained)
