@@ -1,0 +1,124 @@
+"""The seam between protocol and learning: what a device is asked to do, and what a trainer answers.
+
+`edge_runtime.train.local` is the real trainer. The protocol (`agent`, `client`, `wire`) knows only what is here, so it
+runs without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from edge_runtime.lora.adapter import Adapter, Slot
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Model(BaseModel):
+    """Frozen; unknown fields are ignored, because these values travel in messages."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Training(Model):
+    """How a device trains in this round."""
+
+    max_steps: Annotated[int, Field(ge=0)]
+    learning_rate: Annotated[Finite, Field(gt=0)]
+    batch_size: Annotated[int, Field(ge=1, description="examples of one optimiser step")]
+    warmup_steps: Annotated[int, Field(ge=0)]
+    weight_decay: Annotated[Finite, Field(ge=0)]
+    max_grad_norm: Annotated[Finite, Field(gt=0)]
+    seed: int
+
+
+class AdapterSpec(Model):
+    """What kind of adapter the fleet shares; a device plans with it before it says hello."""
+
+    family: str
+    target_modules: tuple[str, ...]
+    scaling: Annotated[Finite, Field(gt=0, description="PEFT's lora_alpha / r, one number for every rank")]
+    max_rank: Annotated[int, Field(ge=1, description="largest rank a device may train")]
+    max_held: Annotated[int, Field(ge=1, description="largest rank a device may hold: that of the global adapter")]
+    hold_more: Annotated[bool, Field(description="whether a device may hold directions that it does not train")]
+    max_length: Annotated[int, Field(ge=8, description="tokens of an example, at most")]
+
+
+@dataclass(frozen=True)
+class Introduction:
+    """What a trainer knows of itself once it has planned.
+
+    Attributes:
+        slot: what it holds and trains.
+        base: fingerprint of its base model.
+        examples: how many it trains on.
+        device: the device in a few words.
+        precision: of its base weights, such as nf4.
+        plan: the plan in a few words.
+        software: versions that matter.
+    """
+
+    slot: Slot
+    base: str
+    examples: int
+    device: str
+    precision: str
+    plan: str
+    software: str
+
+
+@dataclass(frozen=True, eq=False)
+class LocalResult:
+    """What a local round gave.
+
+    Attributes:
+        change: factor-wise change of the trained slice (see `lora.algebra.change`).
+        examples: training examples really used.
+        loss_first: mean training loss of the first steps, nats per token.
+        loss_last: of the last steps.
+    """
+
+    change: Adapter
+    examples: int
+    loss_first: float
+    loss_last: float
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimiser step of local training."""
+
+    step: int
+    steps: int
+    loss: float
+
+
+class Trainer(Protocol):
+    """Whoever plans, trains and evaluates on this device."""
+
+    def introduce(self, spec: AdapterSpec) -> Introduction:
+        """Plan for this kind of adapter and make the model ready."""
+
+    def receive(self, adapter: Adapter) -> None:
+        """Put the global adapter, cut to what the slot holds, into the live model."""
+
+    def evaluate(self) -> float:
+        """Completion loss on the held-out examples, nats per token, with what the live model holds now."""
+
+    def train(self, training: Training, round_number: int, on_step: Callable[[StepReport], None]) -> LocalResult:
+        """One local round from what was received."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak memory of this process so far."""
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """Where the personal adapter went, and how far it is from the live one when loaded afresh."""
+
+    folder: str
+    max_logit_diff: float

@@ -1,0 +1,1 @@
+"""How an adapter travels: messages, codecs, blobs, transports."""

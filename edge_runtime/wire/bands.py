@@ -1,0 +1,44 @@
+"""Rank bands: the global adapter is published once, cut by rank; a device fetches as many bands as it holds.
+
+A device of rank 16 takes the bands 0..4, 4..8 and 8..16. What the server sends does not depend on how many devices
+listen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from edge_runtime.lora.adapter import Adapter, Pair
+
+
+def edges_for(rank: int, edges: Sequence[int]) -> list[tuple[int, int]]:
+    """Half-open rank ranges that cover 0..rank, cut at the edges below it."""
+    stops = sorted({edge for edge in edges if 0 < edge < rank} | {rank})
+    return list(zip([0, *stops[:-1]], stops, strict=True))
+
+
+def band(adapter: Adapter, start: int, stop: int) -> Adapter:
+    """Directions start..stop of every layer that has any of them."""
+    return Adapter(
+        {
+            name: Pair(np.ascontiguousarray(pair.a[start:stop]), np.ascontiguousarray(pair.b[:, start:stop]))
+            for name, pair in adapter.items()
+            if pair.rank > start
+        }
+    )
+
+
+def join(bands: Sequence[Adapter]) -> Adapter:
+    """The adapter whose bands, from the first, these are."""
+    layers: dict[str, list[Pair]] = {}
+    for part in bands:
+        for name, pair in part.items():
+            layers.setdefault(name, []).append(pair)
+    return Adapter(
+        {
+            name: Pair(np.concatenate([p.a for p in pairs]), np.concatenate([p.b for p in pairs], axis=1))
+            for name, pairs in layers.items()
+        }
+    )

@@ -1,0 +1,452 @@
+"""Codecs: what comes back, how far off it may be, and that nothing from outside does harm."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import zstandard
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from edge_runtime.errors import CorruptPayloadError, TooLargeError, UnknownCodecError, WireError
+from edge_runtime.lora.adapter import Adapter, Matrix, Pair
+from edge_runtime.wire import codec
+from edge_runtime.wire.codec import AXES, CODECS, decode, encode, estimate
+from tests.strategies import adapters, gaussian, laws, layer_names, pairs
+
+every_codec = pytest.mark.parametrize("name", sorted(CODECS))
+
+LIMIT = 1 << 20
+"""Enough for every blob in this file."""
+
+
+def one(pair: Pair) -> Adapter:
+    return Adapter({"model.layers.0.q_proj": pair})
+
+
+def tensors(adapter: Adapter, name: str) -> dict[str, Any]:
+    """The packed tensors of a blob, as any reader of safetensors sees them."""
+    return dict(safetensors.numpy.load(zstandard.ZstdDecompressor().decompress(encode(adapter, name))))
+
+
+def packed(header: object, body: bytes = b"") -> bytes:
+    """A blob with any header at all; its zstd frame is sound."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return zstandard.compress(len(text).to_bytes(8, "little") + text + body)
+
+
+def repacked(change: Callable[[bytes], bytes], blob: bytes) -> bytes:
+    """The blob with its decompressed content changed."""
+    return zstandard.compress(change(zstandard.decompress(blob)))
+
+
+def relabelled(metadata: Mapping[str, str], parts: Mapping[str, Any]) -> bytes:
+    """A well-formed safetensors blob of any tensors and tags."""
+    return zstandard.compress(safetensors.numpy.save(dict(parts), metadata=dict(metadata)))
+
+
+def tags(name: str) -> dict[str, str]:
+    """The metadata with which a codec's blobs are tagged."""
+    raw = zstandard.decompress(encode(Adapter({}), name))
+    return dict(json.loads(raw[8:])["__metadata__"])
+
+
+def same(one: Adapter, two: Adapter) -> bool:
+    """Equal names, shapes and values."""
+    return one.ranks == two.ranks and all(
+        np.array_equal(one[name].a, two[name].a) and np.array_equal(one[name].b, two[name].b) for name in one
+    )
+
+
+# Error of each codec, per entry: documented precision of a factor, given the factor and the axis that counts its ranks.
+
+
+def _exact(x: Matrix, _axis: int) -> Matrix:
+    return np.zeros_like(x)
+
+
+def _half_precision(x: Matrix, _axis: int) -> Matrix:
+    """Eleven significant bits; below 2^-14 a fixed step of 2^-24."""
+    return np.maximum(np.abs(x) * 2.0**-11, 2.0**-25).astype(np.float32)
+
+
+def _half_a_step(x: Matrix, axis: int) -> Matrix:
+    """Half of 1/127 of the largest entry of the same rank, and float32's rounding of it."""
+    step = np.abs(x).max(axis=1 - axis, initial=0.0, keepdims=True) / 127
+    return np.broadcast_to(step * 0.5001, x.shape).astype(np.float32)
+
+
+ERRORS: dict[str, Callable[[Matrix, int], Matrix]] = {
+    "fp32": _exact,
+    "fp16": _half_precision,
+    "int8": _half_a_step,
+}
+
+
+def test_every_codec_has_a_documented_error_here() -> None:
+    assert ERRORS.keys() == CODECS.keys()
+
+
+@every_codec
+@laws
+@given(adapters(decades=(-6, 2)))
+def test_what_comes_back_is_within_the_documented_error(name: str, adapter: Adapter) -> None:
+    back = decode(encode(adapter, name), LIMIT)
+
+    assert back.ranks == adapter.ranks
+    assert back.shapes == adapter.shapes
+    for layer, pair in adapter.items():
+        for factor, axis in AXES.items():
+            sent, got = getattr(pair, factor), getattr(back[layer], factor)
+            assert got.dtype == np.float32
+            assert np.all(np.abs(got - sent) <= ERRORS[name](sent, axis))
+
+
+@laws
+@given(pairs(decades=(-40, 38)))
+@example(gaussian((3, 4), 2, 0))
+def test_fp32_returns_every_bit_over_its_whole_range(pair: Pair) -> None:
+    huge = np.float32(1e38)
+    kept = one(Pair(np.clip(pair.a, -huge, huge), np.clip(pair.b, -huge, huge)))
+
+    assert decode(encode(kept, "fp32"), LIMIT).digest() == kept.digest()
+
+
+@every_codec
+@laws
+@given(adapters(decades=(-6, 2)))
+def test_packing_what_was_unpacked_loses_nothing_more(name: str, adapter: Adapter) -> None:
+    once = decode(encode(adapter, name), LIMIT)
+
+    assert same(decode(encode(once, name), LIMIT), once)
+
+
+@laws
+@given(st.integers(0, 1 << 32))
+def test_int8_keeps_small_directions_beside_large_ones(seed: int) -> None:
+    """Two ranks, twelve orders of magnitude apart: each has its own step."""
+    pair = gaussian((5, 6), 2, seed)
+    pair.a[1] *= np.float32(1e-12)
+    pair.b[:, 1] *= np.float32(1e-12)
+    back = decode(encode(one(pair), "int8"), LIMIT)["model.layers.0.q_proj"]
+
+    for got, sent in (back.a[1], pair.a[1]), (back.b[:, 1], pair.b[:, 1]):
+        assert np.abs(got - sent).max() <= np.abs(sent).max() / 250
+
+
+@every_codec
+@pytest.mark.parametrize("shape", [(3, 4), (1, 1)])
+@pytest.mark.parametrize("rank", [0, 1, 5])
+def test_zeros_come_back_as_zeros_at_every_rank(name: str, shape: tuple[int, int], rank: int) -> None:
+    zeros = one(Pair(np.zeros((rank, shape[1]), np.float32), np.zeros((shape[0], rank), np.float32)))
+    back = decode(encode(zeros, name), LIMIT)
+
+    assert back.ranks == zeros.ranks
+    assert back.shapes == zeros.shapes
+    assert same(back, zeros)
+
+
+@every_codec
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.5, 1024.0])
+def test_a_single_number_comes_back(name: str, value: float) -> None:
+    x = np.full((1, 1), value, np.float32)
+    back = decode(encode(one(Pair(x, x)), name), LIMIT)["model.layers.0.q_proj"]
+
+    assert float(back.a[0, 0]) == pytest.approx(value, rel=1e-6)
+    assert float(back.b[0, 0]) == pytest.approx(value, rel=1e-6)
+
+
+@every_codec
+def test_an_adapter_without_layers_comes_back(name: str) -> None:
+    assert decode(encode(Adapter({}), name), LIMIT).ranks == {}
+
+
+@every_codec
+@laws
+@given(adapters(decades=(-6, 2)))
+def test_equal_adapters_give_equal_bytes(name: str, adapter: Adapter) -> None:
+    """Whatever the order of the layers and the layout of the factors, and however often it is done."""
+    again = Adapter(
+        {n: Pair(np.asfortranarray(p.a), np.asfortranarray(p.b)) for n, p in reversed(list(adapter.items()))}
+    )
+
+    assert len({encode(x, name) for x in [adapter, again] * 4}) == 1
+
+
+@every_codec
+@laws
+@given(adapters())
+def test_the_estimate_is_the_size_of_the_packed_tensors(name: str, adapter: Adapter) -> None:
+    safe = Adapter({n: Pair(np.clip(p.a, -1, 1), np.clip(p.b, -1, 1)) for n, p in adapter.items()})
+    expected = sum(tensor.nbytes for tensor in tensors(safe, name).values())
+
+    assert estimate(adapter.shapes, adapter.ranks, name) == expected
+
+
+@every_codec
+def test_the_estimate_leaves_out_layers_without_a_rank(name: str) -> None:
+    shapes = {"x": (3, 4), "y": (5, 6)}
+
+    assert estimate(shapes, {"x": 2}, name) == estimate({"x": (3, 4)}, {"x": 2, "y": 9}, name)
+
+
+@every_codec
+def test_the_tag_in_the_blob_decides_how_it_is_unpacked(name: str) -> None:
+    assert any(name in value for value in tags(name).values())
+
+
+@pytest.mark.parametrize("use", [lambda n: encode(Adapter({}), n), lambda n: estimate({}, {}, n), codec.codec])
+def test_an_unknown_codec_is_refused_with_the_known_ones(use: Callable[[str], object]) -> None:
+    with pytest.raises(UnknownCodecError) as refusal:
+        use("int9")
+
+    assert "int9" in str(refusal.value)
+    assert all(name in str(refusal.value) for name in CODECS)
+
+
+@every_codec
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("factor", sorted(AXES))
+def test_nan_and_infinity_never_arrive(name: str, value: float, factor: str) -> None:
+    pair = gaussian((3, 4), 2, 0)
+    getattr(pair, factor)[1, 1] = value
+
+    with pytest.raises(WireError):
+        decode(encode(one(pair), name), LIMIT)
+
+
+def test_fp16_refuses_what_it_cannot_hold_and_says_what_can() -> None:
+    pair = gaussian((3, 4), 2, 0)
+    pair.b[0, 0] = 65505
+
+    with pytest.raises(WireError, match="int8 or fp32"):
+        encode(one(pair), "fp16")
+
+
+def test_the_limit_is_the_largest_size_that_is_accepted() -> None:
+    blob = encode(one(gaussian((30, 40), 4, 0)), "fp32")
+    size = zstandard.frame_content_size(blob)
+
+    decode(blob, size)
+    with pytest.raises(TooLargeError, match=str(size)):
+        decode(blob, size - 1)
+
+
+def frame_of(declared: int) -> bytes:
+    """The start of a zstd frame that declares a size it does not have: a zip bomb in fourteen bytes."""
+    magic, single_segment_and_eight_bytes_of_size = b"\x28\xb5\x2f\xfd", b"\xe0"
+    return magic + single_segment_and_eight_bytes_of_size + declared.to_bytes(8, "little") + b"\x00"
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        pytest.param(frame_of(1 << 62), id="declares four exbibytes"),
+        pytest.param(frame_of(1 << 31), id="declares two gibibytes"),
+        pytest.param(zstandard.compress(bytes(64 << 20)), id="is 64 MiB of zeros"),
+    ],
+)
+def test_a_bomb_is_refused_before_anything_is_allocated(bomb: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(TooLargeError):
+            decode(bomb, LIMIT)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < LIMIT
+
+
+def test_a_blob_that_hides_its_size_is_refused() -> None:
+    content = zstandard.decompress(encode(one(gaussian((3, 4), 2, 0)), "fp32"))
+
+    with pytest.raises(CorruptPayloadError, match="declares"):
+        decode(zstandard.ZstdCompressor(write_content_size=False).compress(content), LIMIT)
+
+
+def test_a_blob_that_lies_about_its_size_is_refused() -> None:
+    # Fourteen bytes declare a thousand; the frame then holds one block of none.
+    with pytest.raises(CorruptPayloadError):
+        decode(frame_of(1000) + b"\x01\x00\x00", LIMIT)
+
+
+@pytest.mark.parametrize("tail", [b"\x00", b"more", encode(Adapter({}), "fp32")])
+def test_bytes_after_the_blob_are_refused(tail: bytes) -> None:
+    with pytest.raises(CorruptPayloadError):
+        decode(encode(one(gaussian((3, 4), 2, 0)), "fp32") + tail, LIMIT)
+
+
+# Hostile blobs: whatever arrives, either an adapter of finite numbers comes out or an error of the wire.
+
+
+def harmless(blob: bytes) -> None:
+    try:
+        adapter = decode(blob, LIMIT)
+    except WireError:
+        return
+    for pair in adapter.values():
+        assert np.isfinite(pair.a).all()
+        assert np.isfinite(pair.b).all()
+
+
+@laws
+@given(st.binary(max_size=200))
+@example(b"")
+@example(b"\x28\xb5\x2f\xfd")
+@example(b"\x50\x2a\x4d\x18\x04\x00\x00\x00skip")
+def test_random_bytes_are_refused(blob: bytes) -> None:
+    with pytest.raises(WireError):
+        decode(blob, LIMIT)
+
+
+@every_codec
+@laws
+@given(st.data())
+def test_a_truncated_blob_is_refused(name: str, data: st.DataObject) -> None:
+    blob = encode(one(gaussian((3, 4), 2, 0)), name)
+
+    with pytest.raises(CorruptPayloadError):
+        decode(blob[: data.draw(st.integers(0, len(blob) - 1))], LIMIT)
+
+
+def flipped(content: bytes, data: st.DataObject) -> bytes:
+    """The bytes with a few bits turned over."""
+    found = bytearray(content)
+    for bit in data.draw(st.lists(st.integers(0, 8 * len(content) - 1), min_size=1, max_size=4)):
+        found[bit // 8] ^= 1 << bit % 8
+    return bytes(found)
+
+
+@every_codec
+@laws
+@given(st.data())
+def test_flipped_bits_do_no_harm(name: str, data: st.DataObject) -> None:
+    harmless(flipped(encode(one(gaussian((3, 4), 2, 0)), name), data))
+
+
+@every_codec
+@laws
+@given(st.data())
+def test_flipped_bits_below_the_compression_do_no_harm(name: str, data: st.DataObject) -> None:
+    harmless(repacked(lambda raw: flipped(raw, data), encode(one(gaussian((3, 4), 2, 0)), name)))
+
+
+@every_codec
+@laws
+@given(st.data())
+def test_content_cut_or_spliced_below_the_compression_does_no_harm(name: str, data: st.DataObject) -> None:
+    def spliced(raw: bytes) -> bytes:
+        start, stop = sorted(data.draw(st.tuples(st.integers(0, len(raw)), st.integers(0, len(raw)))))
+        return raw[:start] + data.draw(st.binary(max_size=20)) + raw[stop:]
+
+    harmless(repacked(spliced, encode(one(gaussian((3, 4), 2, 0)), name)))
+
+
+sizes = st.one_of(st.integers(0, 4), st.sampled_from([1 << 16, 1 << 31, 1 << 62, (1 << 63) - 1, 1 << 64, -1]))
+dtypes = st.sampled_from(["F32", "F16", "I8", "F64", "I64", "U8", "BOOL", "BF16", "F8_E4M3", "F4", "C64", "x"])
+described = st.builds(
+    lambda dtype, shape, start, size: {"dtype": dtype, "shape": shape, "data_offsets": [start, start + size]},
+    dtypes,
+    st.lists(sizes, max_size=3),
+    st.integers(0, 20),
+    st.integers(0, 64),
+)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    max_leaves=4,
+)
+keys = st.builds("{}:{}".format, layer_names, st.sampled_from(["a", "b", "a:scale", "b:scale", "a:", "c", ""]))
+
+
+@every_codec
+@laws
+@given(st.dictionaries(keys, described | json_values, max_size=4), st.binary(max_size=64))
+def test_any_header_does_no_harm(name: str, header: dict[str, Any], body: bytes) -> None:
+    harmless(packed({"__metadata__": tags(name), **header}, body))
+
+
+@laws
+@given(json_values | st.dictionaries(st.just("__metadata__"), json_values))
+def test_a_header_without_a_codec_is_refused(header: object) -> None:
+    with pytest.raises(WireError):
+        decode(packed(header), LIMIT)
+
+
+@pytest.mark.parametrize("header", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"__metadata__": NaN}', b"9" * 5000])
+def test_a_header_that_is_not_json_is_refused(header: bytes) -> None:
+    with pytest.raises(CorruptPayloadError):
+        decode(packed(header), LIMIT)
+
+
+def test_a_codec_of_the_future_is_refused_by_name() -> None:
+    future = {key: value.replace("fp32", "fp1") for key, value in tags("fp32").items()}
+
+    with pytest.raises(UnknownCodecError, match="fp1"):
+        decode(relabelled(future, {}), LIMIT)
+
+
+def test_a_format_of_the_future_is_refused_by_name() -> None:
+    future = {key: value.replace(codec.FORMAT, "99") for key, value in tags("fp16").items()}
+
+    with pytest.raises(UnknownCodecError, match="99"):
+        decode(relabelled(future, {}), LIMIT)
+
+
+def wrong(**changed: Any) -> dict[str, Any]:
+    """The int8 tensors of a 3 x 4 layer of rank 2, some replaced; None leaves one out."""
+    found = {
+        "x:a": np.ones((2, 4), np.int8), "x:a:scale": np.ones(2, np.float32),
+        "x:b": np.ones((3, 2), np.int8), "x:b:scale": np.ones(2, np.float32),
+    }  # fmt: skip
+    found |= {"x:" + key.replace("_", ":"): value for key, value in changed.items()}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def test_the_tensors_below_are_wrong_by_nothing_else() -> None:
+    assert decode(relabelled(tags("int8"), wrong()), LIMIT).shapes == {"x": (3, 4)}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param(wrong(a=None), id="no a"),
+        pytest.param(wrong(b=None, b_scale=None), id="no b at all"),
+        pytest.param(wrong(a_scale=None), id="no scale"),
+        pytest.param(wrong(a=np.ones((3, 4), np.int8), a_scale=np.ones(3, np.float32)), id="ranks differ"),
+        pytest.param(wrong(a=np.ones(4, np.int8)), id="a vector"),
+        pytest.param(wrong(a=np.ones((2, 4, 1), np.int8)), id="three axes"),
+        pytest.param(wrong(a=np.array(1, np.int8)), id="a number"),
+        pytest.param(wrong(a_scale=np.ones((2, 1), np.float32)), id="a scale of two axes"),
+        pytest.param(wrong(a_scale=np.full(2, np.nan, np.float32)), id="a scale of NaN"),
+        pytest.param(wrong(a_scale=np.full(2, 3e38, np.float32), a=np.full((2, 4), 127, np.int8)), id="overflow"),
+        pytest.param({"x": np.ones((2, 2), np.float32)}, id="no factor in the name"),
+        pytest.param({":a": np.ones((2, 2), np.int8)}, id="no layer in the name"),
+        pytest.param({"x:c": np.ones((2, 2), np.int8)}, id="no such factor"),
+    ],
+)
+def test_tensors_that_do_not_fit_together_are_refused(parts: dict[str, Any]) -> None:
+    with pytest.raises(CorruptPayloadError):
+        decode(relabelled(tags("int8"), parts), LIMIT)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param(wrong(a=np.ones((1, 4), np.int8), b_scale=np.ones(1, np.float32)), id="one row for two scales"),
+        pytest.param(wrong(a_scale=np.ones(1, np.float32)), id="one scale for two rows"),
+        pytest.param(wrong(a=np.ones(4, np.int8), a_scale=np.ones(2, np.float32)), id="a vector under two scales"),
+    ],
+)
+def test_scales_are_never_stretched_over_a_matrix_of_another_rank(parts: dict[str, Any]) -> None:
+    """Broadcasting would turn two short tensors of a small blob into a matrix of their sizes' product."""
+    with pytest.raises(CorruptPayloadError):
+        decode(relabelled(tags("int8"), parts), LIMIT)
