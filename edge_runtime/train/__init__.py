@@ -1,0 +1,1 @@
+"""How a device learns. With `export`, the only room that imports torch."""

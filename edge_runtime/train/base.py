@@ -1,0 +1,241 @@
+"""The frozen base model: converted once, verified on use, and loaded at the planned precision.
+
+`prepare` keeps converted bases in `<cache>/bases/<fingerprint>-<precision>/`; `load` reads one of them with little more
+memory than its weights need.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from edge_runtime import config
+from edge_runtime.errors import BaseModelError, missing_extra
+from edge_runtime.train import prepared
+from edge_runtime.train.convert import convert, precision_named
+from edge_runtime.train.quiet import quiet
+from edge_runtime.train.source import Source, fingerprint, resolve
+
+try:
+    import torch
+    import transformers
+except ModuleNotFoundError as missing:
+    raise missing_extra(missing.name or "torch", "client") from missing
+
+Say = Callable[[str], None]
+
+COMPUTE_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class PreparedBase:
+    """A base model ready to load.
+
+    Attributes:
+        folder: what transformers loads; never changed once it is there.
+        fingerprint: of the base, the same at every precision.
+        precision: a key of `convert.PRECISIONS`.
+        label: a name for people.
+    """
+
+    folder: Path
+    fingerprint: str
+    precision: str
+    label: str
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedBase:
+    """A base model in memory.
+
+    Attributes:
+        model: transformers' causal language model, every parameter frozen.
+        tokenizer: its tokenizer; call it with `add_special_tokens=False`.
+        prepared: what was loaded.
+    """
+
+    model: Any
+    tokenizer: Any
+    prepared: PreparedBase
+
+
+def _say_nothing(_: str) -> None:
+    pass
+
+
+def prepare(spec: str, *, precision: str = "nf4", cache: Path | None = None, say: Say = _say_nothing) -> PreparedBase:
+    """The base model that a person named, converted to a precision; converted at most once per machine.
+
+    What is in the cache is verified, sizes and digests, and converted again if it is damaged. Several processes may
+    prepare the same base at once: one converts, the others wait for it.
+
+    Args:
+        spec: an alias, folder, GGUF file or hub id (`source.resolve`), or a folder that was prepared before.
+        precision: a key of `convert.PRECISIONS`.
+        cache: where converted bases are kept; `config.cache_dir()` when absent.
+        say: is told, in a sentence, what takes time or went wrong.
+
+    Raises:
+        UnknownBaseError: nothing of that name.
+        BaseModelError: an unknown precision, or a base that cannot be converted or trusted.
+    """
+    precision_named(precision)
+    source = resolve(spec)
+    if prepared.is_prepared(source.path):
+        return _given(source, precision)
+    bases = (cache or config.cache_dir()) / "bases"
+    digest = fingerprint(source, memo=bases / "digests")
+    folder = bases / f"{digest[:16]}-{precision}"
+    found = PreparedBase(folder, digest, precision, source.label)
+    if folder.is_dir() and not _fault(found):
+        return found
+    with _lock(folder, say):
+        # Another process may have finished while this one waited.
+        fault = _fault(found) if folder.is_dir() else ""
+        if folder.is_dir() and not fault:
+            return found
+        if fault:
+            say(f"the converted base in {folder} is damaged and is converted again: {fault}")
+        say(f"converting {source.label} to {precision}, once; it is kept in {folder}")
+        _convert_into(found, source)
+    _trim_heap()
+    return found
+
+
+def load(base: PreparedBase, *, compute_dtype: Literal["bf16", "fp32"], device: str = "cpu") -> LoadedBase:
+    """A prepared base in memory, frozen, in training mode and without a key/value cache.
+
+    Args:
+        base: from `prepare`.
+        compute_dtype: precision of the arithmetic and of all that is not quantised.
+        device: where to put it, in torch's words.
+
+    Raises:
+        BaseModelError: transformers cannot load the folder.
+        MissingExtraError: bitsandbytes or accelerate is not installed and the precision needs it.
+    """
+    dtype = COMPUTE_DTYPES[compute_dtype]
+    try:
+        with quiet():
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                base.folder, dtype=dtype, device_map={"": device}, local_files_only=True
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
+    except ImportError as error:
+        raise missing_extra(error.name or "bitsandbytes", "client") from error
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BaseModelError(
+            f"expected {base.folder} to load; found: {reason}; remove it, and it is made anew"
+        ) from error
+    model.requires_grad_(requires_grad=False)
+    model.config.use_cache = False
+    keep_gradients(model)
+    _compute_in(model, dtype)
+    return LoadedBase(model.train(), tokenizer, base)
+
+
+def keep_gradients(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in an evaluation, which silently costs later gradients.
+
+    On CPUs with AVX512-BF16 `Linear4bit` repacks its weights for an inference kernel at the first forward pass in
+    evaluation mode. The kernel has no backward pass, and the weights stay repacked: every training step after an
+    evaluation then runs through it, and no gradient reaches the layers below, without any error. Evaluation would also
+    differ from training by the kernel's rounding. Call it on every model with 4-bit layers before its first forward
+    pass; elsewhere it does nothing.
+
+    Source: `bitsandbytes.nn.Linear4bit.forward` and `bitsandbytes.matmul_4bit`, version 0.50.2.
+    """
+    for layer in _four_bit_layers(model):
+        layer.support_avx512bf16_for_cpu = False
+
+
+def _four_bit_layers(model: torch.nn.Module) -> Iterator[Any]:
+    # By name, so that a plain model does not pay for importing bitsandbytes.
+    return (module for module in model.modules() if type(module).__name__ == "Linear4bit")
+
+
+def _compute_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Make a model compute in a precision, and 4-bit layers dequantise straight into it.
+
+    The quantisation state remembers the precision that the weights once had; dequantising a layer into that first
+    would double its transient memory where it was float32 and the arithmetic is bfloat16.
+    """
+    for parameter in model.parameters():
+        # transformers 5 leaves the plain parameters of a quantised checkpoint as they are stored.
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for layer in _four_bit_layers(model):
+        layer.compute_dtype = dtype
+        layer.compute_type_is_set = True
+        layer.weight.quant_state.dtype = dtype
+
+
+def _given(source: Source, precision: str) -> PreparedBase:
+    """A folder that was prepared elsewhere: there is nothing to convert it from, so a fault is an error."""
+    manifest = prepared.check(source.path)
+    if manifest.precision != precision:
+        raise BaseModelError(
+            f"expected a base prepared as {precision}; found {source.path}, prepared as {manifest.precision}; give the "
+            f"original base, or plan for {manifest.precision}"
+        )
+    return PreparedBase(source.path, manifest.fingerprint, manifest.precision, manifest.label)
+
+
+def _fault(base: PreparedBase) -> str:
+    """What is wrong with a cached base, or ''."""
+    try:
+        manifest = prepared.check(base.folder)
+    except BaseModelError as error:
+        return str(error)
+    if (manifest.fingerprint, manifest.precision) != (base.fingerprint, base.precision):
+        return f"expected {base.fingerprint[:16]}… as {base.precision}; found {manifest.fingerprint[:16]}…"
+    return ""
+
+
+def _convert_into(base: PreparedBase, source: Source) -> None:
+    """Convert beside the final folder and put it in place in one step; the lock must be held."""
+    partial = base.folder.with_name(f"{base.folder.name}.part")
+    _remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        convert(source, partial, base.precision)
+        prepared.seal(partial, fingerprint=base.fingerprint, precision=base.precision, label=base.label)
+        _remove(base.folder)
+        partial.replace(base.folder)
+    finally:
+        _remove(partial)
+
+
+def _trim_heap() -> None:
+    """Hand what conversion has freed back to the system: training in this process shall not be charged for it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    # Only glibc has it, and only glibc's heap needs it.
+    if trim is not None:
+        trim(0)
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    else:
+        folder.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, say: Say) -> Iterator[None]:
+    """One converter at a time, over all processes; the kernel frees the lock of one that dies."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another process is converting this base; waiting for {folder}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

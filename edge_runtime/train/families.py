@@ -1,0 +1,62 @@
+"""The table of adapter families: how each lives in a model, and how an Adapter enters and leaves it.
+
+A family is a record of functions over a live model. Whoever attaches, loads or reads one goes through this record
+and knows no family by name; the training loop needs only what every family promises: whatever is trainable requires
+a gradient, and nothing else does. Adding a family is one module and one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+
+from edge_runtime.errors import ConfigError, unknown_name
+from edge_runtime.lora.adapter import Adapter
+from edge_runtime.train import live
+from edge_runtime.train.live import LiveModel
+
+
+class Family(NamedTuple):
+    """One kind of trainable adapter; the functions of `live` say what each argument means."""
+
+    attach: Callable[..., LiveModel]
+    """(base model, slot, *, scaling) → live model; the base model is changed in place."""
+    detach: Callable[[LiveModel], Any]
+    """Live model → the base model as it was."""
+    without: Callable[[LiveModel], AbstractContextManager[Any]]
+    """A context in which the base model computes alone."""
+    load: Callable[..., None]
+    """(live model, adapter, directions=None): write an adapter, in place."""
+    read_trained: Callable[[LiveModel], Adapter]
+    """The trained slice alone: what a device returns to the server."""
+    read_all: Callable[[LiveModel], Adapter]
+    """Everything held: the device's own adapter."""
+    trainable: Callable[[LiveModel], dict[str, torch.nn.Parameter]]
+    """The parameters that training changes, by name."""
+
+
+FAMILIES: dict[str, Family] = {
+    "lora": Family(
+        attach=live.attach,
+        detach=live.detach,
+        without=live.without_adapter,
+        load=live.load_adapter,
+        read_trained=live.read_trained,
+        read_all=live.read_all,
+        trainable=live.trainable_parameters,
+    ),
+}
+
+
+def get(name: str) -> Family:
+    """The family of that name.
+
+    Raises:
+        ConfigError: no family of that name; lists those there are.
+    """
+    if name not in FAMILIES:
+        raise ConfigError(unknown_name("family", name, FAMILIES))
+    return FAMILIES[name]

@@ -1,0 +1,264 @@
+"""A GGUF file as a checkpoint: configuration, tokenizer and tensors in one reading, under their transformers names.
+
+transformers can read GGUF too, but holds the whole model in float32 while it does, parses the file three times, and its
+version 4.57 gives the tokenizer of a Llama the wrong end-of-sequence token and a prefix of its own. Source of the
+format: ggml's `docs/gguf.md`; of the names: gguf-py's tensor map; of the row order: llama.cpp's `convert_hf_to_gguf.py`
+(`LlamaModel.permute`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.errors import BaseModelError, missing_extra, unknown_name
+from edge_runtime.train.checkpoint import Checkpoint
+
+try:
+    import gguf
+    import numpy as np
+    import tokenizers
+    import torch
+    from tokenizers import pre_tokenizers
+except ModuleNotFoundError as missing:
+    raise missing_extra(missing.name or "gguf", "client") from missing
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A family of models as GGUF stores it.
+
+    Attributes:
+        class_name: of transformers' causal language model.
+        interleaved: whether the rows of the query and key weights are stored in pairs (x₀ x₁ of each rotation side by
+            side), where transformers keeps two halves.
+    """
+
+    class_name: str
+    interleaved: bool
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture("LlamaForCausalLM", interleaved=True),
+    "qwen2": Architecture("Qwen2ForCausalLM", interleaved=False),
+    "qwen3": Architecture("Qwen3ForCausalLM", interleaved=False),
+}
+
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+# GGUF key (after the architecture's name) → key of config.json.
+_CONFIG = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+}
+_ESSENTIAL = frozenset(_CONFIG) - {"attention.head_count_kv", "attention.key_length", "rope.freq_base"}
+
+_QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3 = _QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+
+
+def _split_by(pattern: str) -> Callable[[], Any]:
+    return lambda: pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+# `tokenizer.ggml.pre` → how text is cut before byte-pair encoding, as the models' own tokenizer.json cut it.
+PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
+    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": lambda: pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    "qwen2": _split_by(_QWEN),
+    "llama-bpe": _split_by(_LLAMA3),
+}
+# transformers' name of a special token → GGUF's.
+_ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+# Values of `tokenizer.ggml.token_type`.
+_CONTROL, _USER_DEFINED = 3, 4
+_ROWS = 4096
+"""Rows that are dequantised at once."""
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """A GGUF file of one of `ARCHITECTURES`; tensors come out as float32, in transformers' order of rows.
+
+    Raises:
+        BaseModelError: not GGUF, another architecture, or a tensor or setting that this cannot carry over.
+    """
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, OSError, IndexError) as error:
+        raise BaseModelError(f"expected a GGUF file in {path}; found: {error}; fetch it again") from error
+    # The reader keeps an array object for every token, about 300 bytes each: plain values, and it can go.
+    metadata = _Metadata(path, {key: _value(field) for key, field in reader.fields.items()})
+    stored = {
+        _hf_name(path, tensor.name): _Stored(tensor.data, tensor.tensor_type, tuple(reversed(tensor.shape.tolist())))
+        for tensor in reader.tensors
+    }
+    architecture = metadata["general.architecture"]
+    if architecture not in ARCHITECTURES:
+        raise BaseModelError(f"{path}: {unknown_name('architecture', architecture, ARCHITECTURES)}; give a folder")
+    config = _config(metadata, architecture, stored)
+    heads = _heads(config) if ARCHITECTURES[architecture].interleaved else {}
+
+    def read(name: str) -> torch.Tensor:
+        weight = _dequantised(stored[name])
+        count = next((count for part, count in heads.items() if f".{part}." in name), None)
+        return torch.from_numpy(weight if count is None else _halves(weight, count))
+
+    return Checkpoint(config, tuple(stored), read, lambda target: _write_tokenizer(metadata, target))
+
+
+@dataclass(frozen=True, eq=False)
+class _Stored:
+    """One tensor in the file: mapped bytes, block type, and shape in torch's order."""
+
+    data: Any
+    block_type: Any
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Metadata:
+    """The metadata of a GGUF file by key."""
+
+    path: Path
+    values: Mapping[str, Any]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.values
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.values:
+            raise BaseModelError(f"expected the key '{key}' in {self.path}; found none; give a complete GGUF file")
+        return self.values[key]
+
+
+def _value(field: Any) -> Any:
+    is_text = field.types[-1] == gguf.GGUFValueType.STRING
+    values = [bytes(field.parts[at]).decode() if is_text else field.parts[at].tolist()[0] for at in field.data]
+    return values if field.types[0] == gguf.GGUFValueType.ARRAY else values[0]
+
+
+def _dequantised(tensor: _Stored) -> Any:
+    """A tensor as a float32 array of its own; some rows at a time, for `dequantize` makes several copies."""
+    whole = np.empty(tensor.shape, dtype=np.float32)
+    for start in range(0, len(whole), _ROWS):
+        rows = slice(start, start + _ROWS)
+        whole[rows] = gguf.dequantize(tensor.data[rows], tensor.block_type)
+    return whole
+
+
+def _hf_name(path: Path, name: str) -> str:
+    block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+    top = re.fullmatch(r"(\w+)\.(weight|bias)", name)
+    if block and block[2] in _BLOCK:
+        return f"model.layers.{block[1]}.{_BLOCK[block[2]]}.{block[3]}"
+    if top and top[1] in _TOP:
+        return f"{_TOP[top[1]]}.{top[2]}"
+    raise BaseModelError(
+        f"{path}: {unknown_name('tensor', name, [*_TOP, *_BLOCK])}; give a Hugging Face folder instead"
+    )
+
+
+def _config(metadata: _Metadata, architecture: str, stored: Mapping[str, Any]) -> dict[str, Any]:
+    scaling = f"{architecture}.rope.scaling.type"
+    if scaling in metadata and metadata[scaling] != "none":
+        raise BaseModelError(
+            f"expected {metadata.path} without scaling of the rotary embedding; found '{metadata[scaling]}'; "
+            f"give a Hugging Face folder instead"
+        )
+    config: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[architecture].class_name],
+        "model_type": architecture,
+        "hidden_act": "silu",
+        "vocab_size": int(stored["model.embed_tokens.weight"].shape[0]),
+        "tie_word_embeddings": "lm_head.weight" not in stored,
+        "attention_bias": "model.layers.0.self_attn.q_proj.bias" in stored,
+        "dtype": "float32",
+    }
+    for key, ours in _CONFIG.items():
+        if key in _ESSENTIAL or f"{architecture}.{key}" in metadata:
+            value = metadata[f"{architecture}.{key}"]
+            # A float32 in the file: its shortest decimal (1e-05) is what the model's makers wrote.
+            config[ours] = float(str(np.float32(value))) if isinstance(value, float) else value
+    for role in ("bos", "eos"):
+        if f"tokenizer.ggml.{role}_token_id" in metadata:
+            config[f"{role}_token_id"] = metadata[f"tokenizer.ggml.{role}_token_id"]
+    return config
+
+
+def _heads(config: Mapping[str, Any]) -> dict[str, int]:
+    queries = int(config["num_attention_heads"])
+    return {"q_proj": queries, "k_proj": int(config.get("num_key_value_heads", queries))}
+
+
+def _halves(weight: Any, heads: int) -> Any:
+    """Rows from pairs to halves: within each head, row 2i+j comes to j·(d/2)+i."""
+    pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(weight.shape))
+
+
+def _write_tokenizer(metadata: _Metadata, folder: Path) -> None:
+    """tokenizer.json and tokenizer_config.json, written by hand: both majors of transformers read them alike."""
+    _byte_pairs(metadata).save(str(folder / "tokenizer.json"))
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": metadata[f"{metadata['general.architecture']}.context_length"],
+    }
+    for ours, role in _ROLES.items():
+        if f"tokenizer.ggml.{role}_token_id" in metadata:
+            config[ours] = metadata["tokenizer.ggml.tokens"][metadata[f"tokenizer.ggml.{role}_token_id"]]
+    if "tokenizer.chat_template" in metadata:
+        config["chat_template"] = metadata["tokenizer.chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _byte_pairs(metadata: _Metadata) -> Any:
+    kind, pre = metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.pre"]
+    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+        known = [f"gpt2/{name}" for name in PRE_TOKENIZERS]
+        raise BaseModelError(f"{metadata.path}: {unknown_name('tokenizer', f'{kind}/{pre}', known)}; give a folder")
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    types: list[int] = metadata["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    bpe.pre_tokenizer = PRE_TOKENIZERS[pre]()
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    typed = list(zip(tokens, types, strict=True))
+    added = tokenizers.AddedToken
+    bpe.add_special_tokens(
+        [added(token, normalized=False, special=True) for token, type_ in typed if type_ == _CONTROL]
+    )
+    bpe.add_tokens([added(token, normalized=False) for token, type_ in typed if type_ == _USER_DEFINED])
+    return bpe

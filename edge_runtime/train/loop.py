@@ -1,0 +1,306 @@
+"""One local round: so many steps of AdamW on the trained slice, and the evaluation of a live model.
+
+The same base model, adapter, examples and task give the same bytes, whatever the micro-batch was cut for memory up to
+rounding, and whether or not the round was interrupted. No clock is read and nothing is written here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from edge_runtime.errors import DataError, RoundError, unknown_name
+from edge_runtime.train.batches import collate
+from edge_runtime.train.data import Tokenised, batch_at
+from edge_runtime.train.live import LiveModel
+from edge_runtime.train.loss import completion_loss, unwrap
+from edge_runtime.train.resume import RoundState, StepReport, capture, restore
+
+# The share of the learning rate that is left, by the share of the round (after its warm-up) that is done, in [0, 1).
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda _: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """What one round asks of a device, split as its plan says.
+
+    Attributes:
+        steps: optimiser steps of the round.
+        learning_rate: the largest, after the warm-up.
+        micro_batch: examples that pass through the model at once.
+        gradient_accumulation_steps: micro-batches of one optimiser step.
+        warmup_steps: steps over which the learning rate rises to its largest.
+        weight_decay: of AdamW, on both factors.
+        max_grad_norm: the gradient's norm is clipped to this.
+        seed: decides the order of the examples, and dropout where the base model has any.
+        gradient_checkpointing: recompute activations instead of keeping them.
+        schedule: a name in SCHEDULES.
+    """
+
+    steps: int
+    learning_rate: float
+    micro_batch: int = 1
+    gradient_accumulation_steps: int = 1
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    gradient_checkpointing: bool = False
+    schedule: str = "linear"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "micro_batch", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"a local task needs {name} of at least 1; found {getattr(self, name)}")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"a local task needs a positive {name}; found {getattr(self, name)}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(unknown_name("schedule", self.schedule, SCHEDULES))
+
+    @property
+    def batch_size(self) -> int:
+        """Examples of one optimiser step."""
+        return self.micro_batch * self.gradient_accumulation_steps
+
+
+@dataclass(frozen=True, eq=False)
+class TrainResult:
+    """What a round came to.
+
+    Attributes:
+        loss_first: mean loss of the completion tokens over the first quarter of the steps done, in nats.
+        loss_last: the same over the last quarter.
+        steps: optimiser steps done.
+        examples: different examples used.
+        tokens: completion tokens trained on, each time they were.
+        finished: False where `should_stop` ended the round early.
+        state: what `train_round` needs as `start` to go on.
+    """
+
+    loss_first: float
+    loss_last: float
+    steps: int
+    examples: int
+    tokens: int
+    finished: bool
+    state: RoundState
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The loss of a model on held-out examples.
+
+    Attributes:
+        loss: mean over all completion tokens, in nats.
+        tokens: completion tokens.
+    """
+
+    loss: float
+    tokens: int
+
+
+class _Stopped(Exception):  # noqa: N818 - a signal between two functions of this module, not an error
+    pass
+
+
+def learning_rate_at(task: LocalTask, step: int) -> float:
+    """The learning rate of a step, counted from 0: a linear rise, then the task's schedule. Never zero."""
+    if step < task.warmup_steps:
+        return task.learning_rate * (step + 1) / (task.warmup_steps + 1)
+    done = (step - task.warmup_steps) / max(1, task.steps - task.warmup_steps)
+    return task.learning_rate * SCHEDULES[task.schedule](done)
+
+
+def train_round(
+    live: LiveModel,
+    examples: Sequence[Tokenised],
+    task: LocalTask,
+    *,
+    start: RoundState | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> TrainResult:
+    """Train the slice of a live model, in place.
+
+    Args:
+        live: holds the adapter to start from, unless `start` brings its own.
+        examples: the device's own; every one is used before any is used again.
+        task: what to do.
+        start: the state of an interrupted round of the same task, to finish it as if it had not been interrupted.
+        on_step: called after each optimiser step.
+        should_stop: asked before each micro-batch; a step that is not complete leaves no trace.
+
+    Raises:
+        DataError: no example, or a step whose examples have no completion.
+        RoundError: a loss or gradient that is not finite, a parameter without a gradient, or a `start` that does not
+            fit the live model.
+    """
+    if not examples:
+        raise DataError("expected at least one example to train on, found none; give this device data")
+    parameters = _trained(live)
+    if not parameters:
+        raise RoundError("this device's slot trains no layer; expected at least one, or no call for training")
+    optimizer = torch.optim.AdamW(
+        list(parameters.values()), lr=task.learning_rate, weight_decay=task.weight_decay, betas=(0.9, 0.999), eps=1e-8
+    )
+    reports: list[StepReport] = []
+    if start is not None:
+        restore(parameters, optimizer, start)
+        reports.extend(start.reports)
+    finished = True
+    with _training_mode(live, task):
+        for step in range(len(reports), task.steps):
+            try:
+                batch = [examples[index] for index in _indices(len(examples), task, step)]
+                reports.append(_step(live, batch, task, step, optimizer, should_stop))
+            except _Stopped:
+                finished = False
+                break
+            if on_step is not None:
+                on_step(reports[-1])
+    optimizer.zero_grad(set_to_none=True)
+    return _result(capture(parameters, optimizer, tuple(reports)), examples, task, finished=finished)
+
+
+def evaluate(live: LiveModel, examples: Sequence[Tokenised], *, batch: int = 1) -> Evaluation:
+    """The mean loss of completion tokens, each token with the same weight.
+
+    Args:
+        live: its mode (training or not) is left as it was found.
+        examples: all of them are evaluated, in their order.
+        batch: examples that pass through the model at once; it changes the memory, not the result.
+
+    Raises:
+        DataError: no completion token in any example.
+    """
+    total, tokens, was_training = 0.0, 0, live.model.training
+    device = unwrap(live.model).get_input_embeddings().weight.device
+    live.model.eval()
+    try:
+        with torch.no_grad():
+            for first in range(0, len(examples), batch):
+                part = collate(examples[first : first + batch], device)
+                loss = completion_loss(live.model, part.input_ids, part.labels)
+                total += float(loss.total)
+                tokens += loss.tokens
+    finally:
+        live.model.train(was_training)
+    if not tokens:
+        raise DataError(f"expected completion tokens to evaluate, found none in {len(examples)} examples")
+    return Evaluation(total / tokens, tokens)
+
+
+def _trained(live: LiveModel) -> dict[str, torch.nn.Parameter]:
+    # Every family freezes all but its trained slice: the loop need not know which family it trains.
+    return {name: parameter for name, parameter in live.model.named_parameters() if parameter.requires_grad}
+
+
+def _indices(count: int, task: LocalTask, step: int) -> tuple[int, ...]:
+    # Of the whole step, so that the order does not depend on how memory cuts it into micro-batches.
+    return batch_at(step, count=count, micro_batch=task.batch_size, seed=task.seed)
+
+
+def _step(
+    live: LiveModel,
+    batch: Sequence[Tokenised],
+    task: LocalTask,
+    step: int,
+    optimizer: torch.optim.Optimizer,
+    should_stop: Callable[[], bool] | None,
+) -> StepReport:
+    tokens = sum(example.learned for example in batch)
+    if not tokens:
+        raise DataError(f"step {step + 1}: expected completion tokens in its {len(batch)} examples, found none")
+    # Of the step, not of the round: an interrupted round then sees the same dropout, if the base has any.
+    torch.manual_seed(task.seed * 1_000_003 + step)
+    optimizer.zero_grad(set_to_none=True)
+    loss = 0.0
+    for first in range(0, len(batch), task.micro_batch):
+        if should_stop is not None and should_stop():
+            raise _Stopped
+        loss += _accumulate(live, batch[first : first + task.micro_batch], tokens, step)
+    gradient_norm = _clip(live, task, step)
+    rate = learning_rate_at(task, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    return StepReport(step + 1, task.steps, loss, tokens, rate, gradient_norm)
+
+
+def _accumulate(live: LiveModel, examples: Sequence[Tokenised], tokens: int, step: int) -> float:
+    """Add a micro-batch's share of the gradient of the step's mean token loss; returns its share of that loss."""
+    batch = collate(examples, unwrap(live.model).get_input_embeddings().weight.device)
+    share = completion_loss(live.model, batch.input_ids, batch.labels).total / tokens
+    value = float(share.detach())
+    if not math.isfinite(value):
+        raise RoundError(
+            f"step {step + 1}: expected a finite loss, found {value}; lower learning_rate, or compute in float32"
+        )
+    share.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return value
+
+
+def _clip(live: LiveModel, task: LocalTask, step: int) -> float:
+    parameters = _trained(live)
+    # bitsandbytes can lose gradients without a word (its packed CPU kernels have no backward); AdamW would then skip
+    # the parameters and the round would end as it began.
+    lost = [name for name, parameter in parameters.items() if parameter.grad is None]
+    if lost:
+        raise RoundError(
+            f"step {step + 1}: expected a gradient for each of {len(parameters)} parameters, none for {len(lost)} "
+            f"({lost[0]}, …); the base model's kernels cut the backward pass: load it without 4-bit weights"
+        )
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), task.max_grad_norm))
+    if not math.isfinite(norm):
+        raise RoundError(f"step {step + 1}: expected a finite gradient, found norm {norm}; lower learning_rate")
+    return norm
+
+
+@contextmanager
+def _training_mode(live: LiveModel, task: LocalTask) -> Iterator[None]:
+    """Training mode, checkpointing and a random state of its own; all as before when the context ends."""
+    causal = unwrap(live.model)
+    was_training = live.model.training
+    device = causal.get_input_embeddings().weight.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        live.model.train()
+        if task.gradient_checkpointing:
+            # Without re-entrance the graph starts at the first trained layer: nothing below it is kept or recomputed,
+            # and the embeddings need not pretend to require gradients.
+            causal.gradient_checkpointing_enable({"use_reentrant": False})
+        try:
+            yield
+        finally:
+            if task.gradient_checkpointing:
+                causal.gradient_checkpointing_disable()
+            live.model.train(was_training)
+
+
+def _result(state: RoundState, examples: Sequence[Tokenised], task: LocalTask, *, finished: bool) -> TrainResult:
+    reports = state.reports
+    quarter = max(1, len(reports) // 4)
+    used = {index for step in range(len(reports)) for index in _indices(len(examples), task, step)}
+    return TrainResult(
+        loss_first=_mean_loss(reports[:quarter]),
+        loss_last=_mean_loss(reports[-quarter:]),
+        steps=len(reports),
+        examples=len(used),
+        tokens=sum(report.tokens for report in reports),
+        finished=finished,
+        state=state,
+    )
+
+
+def _mean_loss(reports: Sequence[StepReport]) -> float:
+    """The mean over the steps' tokens; nan where no step was done."""
+    tokens = sum(report.tokens for report in reports)
+    return sum(report.loss * report.tokens for report in reports) / tokens if tokens else math.nan

@@ -1,0 +1,161 @@
+"""Cross-entropy of completions without the logits: only the tokens that count, a few at a time.
+
+The logits of a batch are its largest tensor: tokens x vocabulary, in two precisions, and their gradient again. But
+the head is frozen, so all that training needs from it is one number and d_hidden; both are computed chunk by chunk in
+the forward pass, and positions without a label (the prompt, the padding) never reach the head at all.
+
+Source: the algorithm is the fused linear cross-entropy of Liger Kernel (arXiv:2410.10989, section 3.2).
+Differs from the paper: plain torch, no gradient of the head's weight, unlabelled positions are dropped first, and the
+chunk follows from a budget in bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from edge_runtime.errors import BaseModelError
+from edge_runtime.train.data import IGNORED
+
+LOGITS_BYTES = 16 << 20
+"""Bytes of one chunk's float32 logits."""
+
+# Each of these would change the logits after the head; left out of the loss, training would follow a wrong gradient.
+_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "mup_width_multiplier")
+
+
+@dataclass(frozen=True, eq=False)
+class SummedLoss:
+    """The loss of a batch as a sum, so that batches of unequal length add up exactly.
+
+    Attributes:
+        total: scalar float32, in nats, differentiable; the sum over all labelled tokens.
+        tokens: labelled tokens.
+    """
+
+    total: torch.Tensor
+    tokens: int
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Tokens of one chunk: as many as fit their float32 logits into LOGITS_BYTES, at least one."""
+    return max(1, LOGITS_BYTES // (4 * vocabulary))
+
+
+def _float32_at_least(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+# torch offers no other way to state a gradient than this subclass.
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Sum of the cross-entropies of `hidden @ weight.T + bias`; its gradient reaches `hidden` only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        chunk: int,
+    ) -> torch.Tensor:
+        total = _float32_at_least(hidden.new_zeros(()))
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, hidden.shape[0], chunk):
+            part = slice(start, start + chunk)
+            target = labels[part, None]
+            logits = _float32_at_least(functional.linear(hidden[part].to(weight.dtype), weight, bias))
+            norm = torch.logsumexp(logits, dim=-1, keepdim=True)
+            total += (norm - logits.gather(1, target)).sum()
+            if gradient is not None:
+                # softmax minus one-hot, in place: the chunk's logits are needed no more.
+                logits.sub_(norm).exp_().scatter_add_(1, target, -torch.ones_like(norm))
+                gradient[part] = (logits.to(weight.dtype) @ weight).to(hidden.dtype)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream.to(gradient.dtype), None, None, None, None
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    chunk: int | None = None,
+) -> torch.Tensor:
+    """Sum over tokens of the cross-entropy of a frozen linear head.
+
+    Args:
+        hidden: (tokens, d), the states that enter the head.
+        weight: (vocabulary, d), frozen.
+        labels: (tokens,), int64, every one a class: unlabelled positions are dropped by the caller.
+        bias: (vocabulary,), frozen.
+        chunk: tokens whose logits exist at once; `chunk_tokens(vocabulary)` when absent.
+
+    Returns:
+        A scalar, float32 or wider, in nats. It has a first derivative only.
+
+    Raises:
+        ValueError: the head's weight or bias asks for a gradient, which this loss does not compute.
+    """
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError("the head of the chunked loss must be frozen; found a weight or bias that requires a gradient")
+    total: torch.Tensor = _FrozenHeadLoss.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        hidden, weight, bias, labels, chunk or chunk_tokens(weight.shape[0])
+    )
+    return total
+
+
+def unwrap(model: Any) -> Any:
+    """The Hugging Face model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _head_of(causal: Any) -> torch.nn.Linear:
+    for option in _LOGIT_TRANSFORMS:
+        value = getattr(causal.config, option, None)
+        if value not in (None, 1, 1.0):
+            raise BaseModelError(
+                f"cannot train {type(causal).__name__}: its logits pass through '{option}' ({value}), which this "
+                "loss does not apply; use a base model of the Llama, Qwen, Mistral or SmolLM kind"
+            )
+    head = causal.get_output_embeddings()
+    # A quantised or adapted head is a subclass or a wrapper: its weight alone would not give the model's logits.
+    if type(head) is not torch.nn.Linear:
+        raise BaseModelError(
+            f"expected a plain linear head, found {type(head).__name__}; "
+            "load the base model with its head unquantised and keep 'lm_head' out of target_modules"
+        )
+    return head
+
+
+def completion_loss(model: Any, input_ids: torch.Tensor, labels: torch.Tensor) -> SummedLoss:
+    """The summed loss of every labelled token, given the tokens before it.
+
+    Args:
+        model: a causal language model of transformers, wrapped by PEFT or not.
+        input_ids: (examples, length), int64, padded on the right.
+        labels: (examples, length), int64; IGNORED where the token has no say.
+
+    Raises:
+        BaseModelError: a head, or a step after it, that this loss does not know.
+    """
+    causal = unwrap(model)
+    head = _head_of(causal)
+    backbone = getattr(causal, causal.base_model_prefix)
+    # No attention mask: padding is on the right, where a causal model never looks, and its own labels are IGNORED.
+    hidden = backbone(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+    targets = labels[:, 1:]
+    counted = targets != IGNORED
+    total = chunked_cross_entropy(hidden[counted], head.weight, targets[counted], bias=head.bias)
+    return SummedLoss(total, int(counted.sum()))

@@ -1,0 +1,114 @@
+"""A trained adapter leaves as a PEFT folder, and PEFT computes from it what the live model computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
+
+import export  # noqa: E402 - after the check that torch is there
+from edge_runtime.errors import ConfigError, ExportError  # noqa: E402 - as above
+from edge_runtime.lora.adapter import Adapter  # noqa: E402 - as above
+from edge_runtime.lora.files import read_peft_folder  # noqa: E402 - as above
+from edge_runtime.train.base import PreparedBase, load, prepare  # noqa: E402 - as above
+from edge_runtime.train.live import LiveModel, attach, load_adapter, read_all  # noqa: E402 - as above
+from edge_runtime.train.loop import LocalTask, train_round  # noqa: E402 - as above
+from export.verify import encode, live_logits, verify_peft  # noqa: E402 - as above
+from tests.train import tiny  # noqa: E402 - as above
+
+pytestmark = pytest.mark.torch
+
+TASK = LocalTask(steps=4, learning_rate=1e-2, micro_batch=2)
+# Some layers trained in part, one whole, one only held; ranks 3, 5, 6 and 8; rows out of order.
+DIRECTIONS = {tiny.layer(1, "q_proj"): (5, 0, 3, 1), tiny.layer(2, "o_proj"): (7,)}
+
+
+@pytest.fixture(scope="module", params=[("fp32", "fp32"), ("nf4", "bf16")], ids=["fp32", "nf4 in bf16"])
+def trained(
+    request: pytest.FixtureRequest, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PreparedBase, LiveModel]:
+    """A base model at some precision, and a live model on it after a local round."""
+    precision, compute = request.param
+    prepared = prepare(str(tiny_base), precision=precision, cache=tmp_path_factory.mktemp("cache"))
+    live = attach(load(prepared, compute_dtype=compute).model, tiny.MIXED, scaling=0.7)
+    load_adapter(live, tiny.random_adapter(tiny.MIXED), DIRECTIONS)
+    train_round(live, tiny.examples(6), TASK)
+    return prepared, live
+
+
+def test_peft_computes_from_the_folder_what_the_live_model_computes(
+    trained: tuple[PreparedBase, LiveModel], tmp_path: Path
+) -> None:
+    """Ranks differ from layer to layer, and only a part of each layer was trained."""
+    prepared, live = trained
+    prompts = encode(load(prepared, compute_dtype="fp32").tokenizer)
+    export.get("peft").write(read_all(live), tmp_path, base_name="tiny", scaling=live.scaling)
+    found = verify_peft(tmp_path, prepared, prompts, live_logits(live, prompts))
+
+    assert found.max_abs <= 1e-5 * max(1.0, found.effect)
+    assert found.same_top == 1.0
+    assert found.effect > 0.1
+    assert found.positions == sum(map(len, prompts))
+
+
+def test_the_scale_of_the_folder_need_not_be_the_fleets(
+    trained: tuple[PreparedBase, LiveModel], tmp_path: Path
+) -> None:
+    prepared, live = trained
+    prompts = ((3, 4, 5, 6),)
+    export.get("peft").write(read_all(live), tmp_path, base_name="tiny", scaling=4.0)
+
+    assert verify_peft(tmp_path, prepared, prompts, live_logits(live, prompts)).max_abs <= 1e-4
+
+
+def test_a_folder_that_lost_its_scale_does_not_agree(trained: tuple[PreparedBase, LiveModel], tmp_path: Path) -> None:
+    """What the comparison is there to find: it loads, and answers otherwise."""
+    prepared, live = trained
+    prompts = ((3, 4, 5, 6),)
+    export.get("peft").write(read_all(live), tmp_path, base_name="tiny", scaling=live.scaling)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": {}, "lora_alpha": 1}))
+
+    assert verify_peft(tmp_path, prepared, prompts, live_logits(live, prompts)).max_abs > 1e-2
+
+
+def test_a_folder_that_peft_cannot_load_is_an_export_error(
+    trained: tuple[PreparedBase, LiveModel], tmp_path: Path
+) -> None:
+    prepared, live = trained
+    prompts = ((3, 4),)
+    export.get("peft").write(read_all(live), tmp_path, base_name="tiny", scaling=live.scaling)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rank_pattern": {}}))
+
+    with pytest.raises(ExportError, match="expected PEFT to load"):
+        verify_peft(tmp_path, prepared, prompts, live_logits(live, prompts))
+
+
+def test_the_folder_reads_back_as_the_adapter_that_left(tmp_path: Path) -> None:
+    adapter = tiny.random_adapter(tiny.MIXED)
+    folder = export.get("peft").write(adapter, tmp_path / "new", base_name="org/base", scaling=2.0)
+
+    assert folder == tmp_path / "new"
+    assert read_peft_folder(folder).digest() == adapter.digest()
+    assert "5 layers, rank 3 to 8" in (folder / "README.md").read_text()
+    assert "base_model: org/base" in (folder / "README.md").read_text()
+
+
+def test_a_folder_that_cannot_be_written_is_an_export_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ExportError, match="cannot write"):
+        export.get("peft").write(tiny.random_adapter(tiny.MIXED), tmp_path / "file", base_name="b", scaling=1.0)
+    with pytest.raises(ExportError, match="at least one direction"):
+        export.get("peft").write(Adapter({}), tmp_path / "new", base_name="b", scaling=1.0)
+
+
+def test_an_unknown_format_is_an_error_that_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="peft"):
+        export.get("pefft")

@@ -1,0 +1,79 @@
+"""The comparison itself: what it reports, and that it leaves the models as they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
+
+from edge_runtime.errors import ExportError  # noqa: E402 - after the check that torch is there
+from edge_runtime.train.base import load, prepare  # noqa: E402 - as above
+from edge_runtime.train.live import attach, load_adapter, read_all  # noqa: E402 - as above
+from export.verify import in_float32, live_logits, logits, parity  # noqa: E402 - as above
+from tests.train import tiny  # noqa: E402 - as above
+
+pytestmark = pytest.mark.torch
+
+PROMPTS = ((3, 4, 5), (6, 7))
+
+
+def test_parity_reports_the_largest_difference_the_effect_and_the_shared_answers() -> None:
+    base = np.zeros((2, 3), np.float32)
+    live = np.array([[1, 0, 0], [0, 2, 0]], np.float32)
+    fresh = np.array([[1, 0, 0], [0, 2, 2.5]], np.float32)
+    found = parity(live, fresh, base)
+
+    assert (found.max_abs, found.effect, found.same_top, found.positions) == (2.5, 2.0, 0.5, 2)
+
+
+def test_logits_that_cannot_be_compared_are_an_error() -> None:
+    good = np.zeros((2, 3), np.float32)
+    with pytest.raises(ExportError, match="equal shapes"):
+        parity(good, np.zeros((2, 4), np.float32), good)
+    with pytest.raises(ExportError, match="finite"):
+        parity(good, np.full((2, 3), np.nan, np.float32), good)
+
+
+def test_prompts_do_not_see_each_other_and_the_mode_is_restored(tiny_base: Path) -> None:
+    model = tiny.plain_model(tiny_base).train()
+    together = logits(model, PROMPTS)
+
+    np.testing.assert_array_equal(together, np.concatenate([logits(model, [prompt]) for prompt in PROMPTS]))
+    assert together.shape == (5, tiny.VOCABULARY)
+    assert model.training
+
+
+def test_a_model_that_trains_in_bfloat16_is_compared_in_float32_and_keeps_its_bits(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    prepared = prepare(str(tiny_base), precision="nf4", cache=tmp_path)
+    adapter = tiny.random_adapter(tiny.MIXED)
+    narrow = attach(load(prepared, compute_dtype="bf16").model, tiny.MIXED, scaling=2.0, held_dtype=torch.bfloat16)
+    load_adapter(narrow, adapter)
+    # What bfloat16 keeps of the held directions is what leaves, and what must be compared.
+    wide = attach(load(prepared, compute_dtype="fp32").model, tiny.MIXED, scaling=2.0)
+    load_adapter(wide, read_all(narrow))
+    before = {name: tensor.clone() for name, tensor in narrow.model.state_dict().items()}
+    rounded = logits(narrow.model, PROMPTS)
+    found = live_logits(narrow, PROMPTS)
+
+    np.testing.assert_allclose(found, live_logits(wide, PROMPTS), rtol=0, atol=1e-5)
+    assert np.abs(found - rounded).max() > 1e-3
+    np.testing.assert_array_equal(logits(narrow.model, PROMPTS), rounded)
+    for name, tensor in narrow.model.state_dict().items():
+        assert tensor.dtype == before[name].dtype
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_tied_head_stays_tied(tiny_base: Path) -> None:
+    model = tiny.plain_model(tiny_base).to(torch.bfloat16)
+    with in_float32(model):
+        assert model.lm_head.weight.dtype == torch.float32
+
+    assert model.lm_head.weight is model.model.embed_tokens.weight

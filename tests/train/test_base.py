@@ -1,0 +1,275 @@
+"""A base is converted once, trusted only after a look, and trainable when it is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_runtime.errors import BaseModelError, UnknownBaseError
+
+pytestmark = pytest.mark.torch
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+bitsandbytes = pytest.importorskip("bitsandbytes")
+base = pytest.importorskip("edge_runtime.train.base")
+prepared = pytest.importorskip("edge_runtime.train.prepared")
+
+
+def prepare(spec: Path, cache: Path, precision: str = "nf4") -> tuple[Any, list[str]]:
+    said: list[str] = []
+    return base.prepare(str(spec), precision=precision, cache=cache, say=said.append), said
+
+
+def logits_of(model: Any) -> Any:
+    with torch.no_grad():
+        return model(torch.arange(40)[None]).logits
+
+
+@pytest.fixture(scope="module")
+def nf4(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The tiny base prepared as NF4; read it, never write into it."""
+    return prepare(tiny_base, tmp_path_factory.mktemp("cache"))[0]
+
+
+# --- preparing ----------------------------------------
+
+
+def test_a_base_is_converted_once(tiny_base: Path, tmp_path: Path) -> None:
+    first, said_first = prepare(tiny_base, tmp_path)
+    second, said_second = prepare(tiny_base, tmp_path)
+
+    assert first == second
+    assert first.folder.parent == tmp_path / "bases"
+    assert first.folder.name == f"{first.fingerprint[:16]}-nf4"
+    assert [len(said_first), len(said_second)] == [1, 0]
+    assert not list((tmp_path / "bases").glob("*.part"))
+
+
+def test_every_precision_has_the_fingerprint_of_the_base(tiny_base: Path, tmp_path: Path) -> None:
+    found = [prepare(tiny_base, tmp_path, precision)[0] for precision in ("nf4", "bf16", "fp32")]
+
+    assert len({one.fingerprint for one in found}) == 1
+    assert len({one.folder for one in found}) == 3
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip_a_bit(folder: Path) -> None:
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+
+
+def lose_a_file(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def garble_the_manifest(folder: Path) -> None:
+    (folder / "base.json").write_text('{"fingerprint": ', encoding="utf-8")
+
+
+def lose_the_manifest(folder: Path) -> None:
+    (folder / "base.json").unlink()
+
+
+def claim_another_base(folder: Path) -> None:
+    path = folder / "base.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"fingerprint": "0" * 64}), encoding="utf-8"
+    )
+
+
+DAMAGES = [truncate, flip_a_bit, lose_a_file, garble_the_manifest, lose_the_manifest, claim_another_base]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_made_anew_and_said(tiny_base: Path, tmp_path: Path, nf4: Any, damage: Any) -> None:
+    folder = tmp_path / "bases" / nf4.folder.name
+    shutil.copytree(nf4.folder, folder)
+    damage(folder)
+
+    again, said = prepare(tiny_base, tmp_path)
+
+    assert len(said) == 2
+    assert "damaged and is converted again: expected" in said[0]
+    assert again.folder == folder
+    assert prepared.check(folder).files == prepared.read_manifest(nf4.folder).files
+    assert prepare(tiny_base, tmp_path)[1] == []
+
+
+def test_a_prepared_folder_can_be_carried_to_another_device(tmp_path: Path, nf4: Any) -> None:
+    carried = shutil.copytree(nf4.folder, tmp_path / "carried")
+
+    found, said = prepare(carried, tmp_path / "cache")
+
+    assert (found.folder, found.fingerprint, found.label) == (carried, nf4.fingerprint, nf4.label)
+    assert said == []
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_carried_folder_that_is_damaged_or_of_another_precision_is_an_error(tmp_path: Path, nf4: Any) -> None:
+    carried = shutil.copytree(nf4.folder, tmp_path / "carried")
+
+    with pytest.raises(BaseModelError, match=r"expected a base prepared as bf16; found .* prepared as nf4"):
+        prepare(carried, tmp_path, "bf16")
+    flip_a_bit(carried)
+    with pytest.raises(BaseModelError, match=r"model\.safetensors to have digest"):
+        prepare(carried, tmp_path)
+
+
+def test_many_may_prepare_at_once(tiny_base: Path, tmp_path: Path) -> None:
+    """The lock holds between open files, so threads stand for processes here."""
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: prepare(tiny_base, tmp_path), range(4)))
+
+    said = [sentence for _, sentences in results for sentence in sentences]
+    assert len({found.folder for found, _ in results}) == 1
+    assert sum(sentence.startswith("converting") for sentence in said) == 1
+    assert sum("waiting" in sentence for sentence in said) <= 3
+    assert prepared.check(results[0][0].folder)
+
+
+def test_the_remains_of_a_killed_conversion_do_no_harm(tiny_base: Path, tmp_path: Path, nf4: Any) -> None:
+    remains = tmp_path / "bases" / f"{nf4.folder.name}.part"
+    remains.mkdir(parents=True)
+    (remains / "model-00007.safetensors").write_bytes(b"half")
+
+    found, _ = prepare(tiny_base, tmp_path)
+
+    assert set(prepared.check(found.folder).files) == set(prepared.read_manifest(nf4.folder).files)
+    assert not remains.exists()
+
+
+def test_a_conversion_that_fails_leaves_nothing_behind(tiny_base: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(tiny_base, tmp_path / "broken")
+    (broken / "tokenizer.json").unlink()
+
+    with pytest.raises(BaseModelError, match="expected a tokenizer"):
+        prepare(broken, tmp_path / "cache")
+
+    assert not [path for path in (tmp_path / "cache" / "bases").glob("*-nf4*") if path.is_dir()]
+
+
+def test_what_is_no_base_or_no_precision_is_an_error(tiny_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnknownBaseError):
+        prepare(tmp_path / "nothing", tmp_path)
+    with pytest.raises(BaseModelError, match="unknown precision 'int3'"):
+        prepare(tiny_base, tmp_path, "int3")
+
+
+# --- loading ----------------------------------------
+
+
+@pytest.mark.parametrize(("compute", "dtype"), [("bf16", "bfloat16"), ("fp32", "float32")])
+def test_a_loaded_base_is_frozen_and_computes_as_planned(nf4: Any, compute: str, dtype: str) -> None:
+    loaded = base.load(nf4, compute_dtype=compute)
+
+    expected = getattr(torch, dtype)
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.uint8, expected}
+    assert loaded.model.training
+    assert loaded.model.config.use_cache is False
+    assert logits_of(loaded.model).dtype == expected
+    assert loaded.tokenizer.decode(loaded.tokenizer.encode("def f():", add_special_tokens=False)) == "def f():"
+    assert loaded.prepared == nf4
+
+
+def test_plain_bases_say_what_the_original_says(tiny_base: Path, tmp_path: Path) -> None:
+    original = transformers.AutoModelForCausalLM.from_pretrained(tiny_base)
+
+    loaded = base.load(prepare(tiny_base, tmp_path, "fp32")[0], compute_dtype="fp32")
+
+    assert torch.equal(logits_of(loaded.model), logits_of(original))
+
+
+@pytest.mark.parametrize("compute", ["bf16", "fp32"])
+def test_dequantising_into_the_compute_precision_changes_no_bit(nf4: Any, compute: str) -> None:
+    """The weights were float32 once; going there first costs memory and gives the same."""
+    model = base.load(nf4, compute_dtype=compute).model
+    direct = logits_of(model)
+    for layer in base._four_bit_layers(model):
+        layer.weight.quant_state.dtype = torch.float32
+
+    assert torch.equal(logits_of(model), direct)
+
+
+def evaluate_then_train(model: Any) -> Any:
+    """What a round does: an evaluation, then a training step; the gradient that a 4-bit layer passes down."""
+    layer = model.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        model.eval()(torch.arange(12)[None])
+    model.train()
+    hidden = torch.ones(1, 12, 64, dtype=layer.compute_dtype, requires_grad=True)
+    output = layer(hidden)
+    if not output.requires_grad:
+        return None
+    output.sum().backward()
+    return hidden.grad
+
+
+def test_an_evaluation_costs_no_gradient(nf4: Any) -> None:
+    """Fails on a CPU with AVX512-BF16 when `load` forgets `keep_gradients`."""
+    model = base.load(nf4, compute_dtype="bf16").model
+    layer = model.model.layers[0].self_attn.q_proj
+    weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+    gradient = evaluate_then_train(model)
+
+    assert gradient is not None
+    assert torch.allclose(gradient.float(), weight.float().sum(0).expand(1, 12, 64), atol=0.05)
+
+
+def test_evaluation_and_training_agree(nf4: Any) -> None:
+    model = base.load(nf4, compute_dtype="bf16").model
+
+    assert torch.equal(logits_of(model.eval()), logits_of(model.train()))
+
+
+def test_without_the_cure_the_gradient_is_lost(nf4: Any) -> None:
+    """Why `keep_gradients` exists; when this fails, bitsandbytes has been cured and it can go."""
+    if not bitsandbytes.nn.modules.has_avx512bf16():
+        pytest.skip("this CPU has no AVX512-BF16, so bitsandbytes does not repack weights")
+    model = base.load(nf4, compute_dtype="bf16").model
+    for layer in base._four_bit_layers(model):
+        layer.support_avx512bf16_for_cpu = True
+
+    assert evaluate_then_train(model) is None
+
+
+def test_a_folder_that_transformers_cannot_load_is_an_error(tmp_path: Path, nf4: Any) -> None:
+    folder = shutil.copytree(nf4.folder, tmp_path / "broken")
+    (folder / "model.safetensors").unlink()
+    broken = base.PreparedBase(folder, nf4.fingerprint, "nf4", "broken")
+
+    with pytest.raises(BaseModelError, match=r"expected .*broken to load; found: .*; remove it"):
+        base.load(broken, compute_dtype="bf16")
+
+
+@pytest.mark.model
+def test_the_real_model_speaks(tmp_path: Path) -> None:
+    """From the package to an answer: weights, tokenizer and chat template of SmolLM2 after conversion to NF4."""
+    loaded = base.load(base.prepare("smollm2", cache=tmp_path), compute_dtype="fp32")
+    tokenizer = loaded.tokenizer
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}], tokenize=False, add_generation_prompt=True
+    )
+    ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)])
+    start = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(7):
+            ids = torch.cat([ids, loaded.model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+
+    assert tokenizer.encode("<|im_start|><|im_end|>", add_special_tokens=False) == [1, 2]
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert prompt.startswith("<|im_start|>system\n")
+    assert "Paris" in tokenizer.decode(ids[0, start:])
