@@ -1,0 +1,1 @@
+"""The meeting of the fleet: rounds, aggregation, durable state. No torch."""

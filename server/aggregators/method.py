@@ -1,0 +1,194 @@
+"""What a method is: a record of plain functions with explicit state, and the values they exchange.
+
+A method never sees the wire, a clock or a device's name beyond its sort key. Adding one is one file and one row in
+the table of `server/aggregators/__init__.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from edge_runtime.errors import AggregationError
+from edge_runtime.lora.adapter import Adapter, Pair, Slot
+from edge_runtime.lora.algebra import cut, fresh_rows
+
+Shapes = Mapping[str, tuple[int, int]]
+"""Layer name → (d_out, d_in)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What one device returned.
+
+    Attributes:
+        client: its name; only sorts the updates, so that their order of arrival leaves no trace.
+        weight: training examples really used.
+        received: the slice it trained, exactly as it decoded it.
+        trained: the same slice after training; same layers, shapes and ranks as `received`.
+    """
+
+    client: str
+    weight: float
+    received: Adapter
+    trained: Adapter
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """What a method carries from round to round.
+
+    Attributes:
+        adapter: the global adapter; its first r directions are what a device of rank r receives.
+        tail: directions that did not fit into `adapter`, added again in the next round; may be empty.
+        version: counts merges.
+    """
+
+    adapter: Adapter
+    tail: Adapter
+    version: int
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What a merge cost one layer, in Frobenius norm of products; exact, not a bound.
+
+    Attributes:
+        updates: devices that trained the layer.
+        norm: of the merged change.
+        truncated: of what did not fit into the global rank (kept as the tail, where the method has one).
+        lost: of what was dropped for good.
+    """
+
+    updates: int
+    norm: float
+    truncated: float
+    lost: float
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """The outcome of one merge."""
+
+    state: State
+    layers: Mapping[str, LayerReport]
+
+    @property
+    def truncation(self) -> float:
+        """Relative truncation error of all layers together: ||truncated|| / ||merged||."""
+        total = sum(layer.norm**2 for layer in self.layers.values())
+        return float(np.sqrt(sum(layer.truncated**2 for layer in self.layers.values()) / total)) if total else 0.0
+
+
+class Aggregator(NamedTuple):
+    """A method.
+
+    Attributes:
+        init: (shapes, rank, seed) → the state before the first round; its product is zero.
+        combine: (state, updates) → the next state. Updates are consumed once; their order does not matter.
+        fit: (global adapter, slot) → what a device with that slot receives.
+        server_rank: largest trained rank → rank of the global adapter, when the fleet's file names none.
+        hold_more: whether devices may hold directions that they do not train. Methods that average absolute products
+            or factors must see everything that a device holds, so they say no.
+        exact: whether the merge equals the weighted mean of products, up to the reported truncation.
+    """
+
+    init: Callable[[Shapes, int, int], State]
+    combine: Callable[[State, Iterable[Update]], Merged]
+    fit: Callable[[Adapter, Slot], Adapter]
+    server_rank: Callable[[int], int]
+    hold_more: bool
+    exact: bool
+
+
+def fresh_state(shapes: Shapes, rank: int, seed: int) -> State:
+    """A global adapter of zero product at that rank: orthonormal rows of `a`, of the usual norm, and b = 0."""
+    layers = {}
+    for name, (d_out, d_in) in shapes.items():
+        a = fresh_rows(np.zeros((0, d_in), np.float32), min(rank, d_out, d_in), f"{seed}:0:{name}")
+        layers[name] = Pair(a, np.zeros((d_out, a.shape[0]), np.float32))
+    return State(Adapter(layers), Adapter({}), 0)
+
+
+def prefix(adapter: Adapter, slot: Slot) -> Adapter:
+    """The first directions of the global adapter, as many as the slot holds in each layer."""
+    return Adapter({name: cut(adapter[name], rank) for name, rank in slot.held.items() if name in adapter and rank})
+
+
+def by_layer(state: State, updates: Iterable[Update]) -> dict[str, list[tuple[float, Update]]]:
+    """Updates of each layer with weights that sum to one over those who trained that layer, sorted by client.
+
+    A device that did not train a layer has no say in it.
+
+    Raises:
+        AggregationError: no update at all, a weight that is not positive, two updates of one client, or a layer whose
+            shape or rank does not fit.
+    """
+    ordered = sorted(updates, key=lambda update: update.client)
+    if not ordered:
+        raise AggregationError("a merge needs at least one update; found none; wait for a device")
+    for before, after in itertools.pairwise(ordered):
+        if before.client == after.client:
+            raise AggregationError(f"a device sends one update a round; found two of '{after.client}'")
+    layers: dict[str, list[tuple[float, Update]]] = {}
+    for update in ordered:
+        _check(state, update)
+        for name in update.trained:
+            layers.setdefault(name, []).append((update.weight, update))
+    for entries in layers.values():
+        total = sum(weight for weight, _ in entries)
+        entries[:] = [(weight / total, update) for weight, update in entries]
+    return layers
+
+
+def _check(state: State, update: Update) -> None:
+    if not update.weight > 0:
+        raise AggregationError(f"'{update.client}' weighs {update.weight}; a weight is a positive count of examples")
+    for name, pair in update.trained.items():
+        known, received = state.adapter.layers.get(name), update.received.layers.get(name)
+        if known is None or received is None:
+            raise AggregationError(f"'{update.client}' trained layer '{name}', which the fleet does not have")
+        if pair.shape != known.shape or pair.shape != received.shape or pair.rank != received.rank:
+            raise AggregationError(
+                f"layer '{name}' of '{update.client}': expected {known.shape} at rank {received.rank}, "
+                f"found {pair.shape} at rank {pair.rank}; check that the device has the fleet's base model"
+            )
+
+
+def save_state(state: State) -> bytes:
+    """A state as safetensors bytes; `load_state` gives it back bit for bit."""
+    tensors: dict[str, NDArray[np.generic]] = {
+        f"{part}:{name}:{factor}": np.ascontiguousarray(getattr(pair, factor))
+        for part, adapter in (("adapter", state.adapter), ("tail", state.tail))
+        for name, pair in adapter.items()
+        for factor in ("a", "b")
+    }
+    tensors["version"] = np.asarray([state.version], dtype=np.int64)
+    payload: bytes = safetensors.numpy.save(tensors)
+    return payload
+
+
+def load_state(payload: bytes) -> State:
+    """The state in bytes that `save_state` wrote.
+
+    Raises:
+        AggregationError: bytes that are no such state.
+    """
+    try:
+        tensors = safetensors.numpy.load(payload)
+        version = int(tensors.pop("version")[0])
+        parts: dict[str, dict[str, Pair]] = {"adapter": {}, "tail": {}}
+        for key, a in tensors.items():
+            part, name, factor = key.split(":")
+            if factor == "a":
+                parts[part][name] = Pair(a, tensors[f"{part}:{name}:b"])
+    except (safetensors.SafetensorError, ValueError, KeyError, IndexError) as error:
+        raise AggregationError(f"a saved state does not load ({error}); restore the store from a backup") from error
+    return State(Adapter(parts["adapter"]), Adapter(parts["tail"]), version)

@@ -1,0 +1,362 @@
+"""The life of a fleet as a state machine: (state, event, now) → (state, actions). No I/O, no clock, no randomness.
+
+    gather ──enough devices──▶ train ──all updates, or a quorum when progress stopped──▶ merging ──▶ train …
+                                                                     after the last round ──▶ finish ──▶ over
+
+`service` performs the actions and feeds back what happened. Every action may be performed twice: after a crash the
+service starts from the stored state and calls `resume`. Progress, not elapsed time, decides who is given up.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+
+from edge_runtime.wire.messages import Accepted, Hello, Message, Model, Name, Offer, Rejected, Report, Welcome
+from server.fleet import Member, admit, choose, ranking
+
+MAX_CHUNKS = 1 << 18
+"""Chunks of an update, at most: lists of them must stay small whatever a device offers."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the fleet's file says about rounds; see `edge_runtime.config.Rounds`."""
+
+    fleet: str
+    num_rounds: int
+    min_available_nodes: int
+    fraction_train: float
+    quorum: float
+    progress_timeout: float
+    max_upload_bytes: int
+    seed: int
+
+
+class State(Model):
+    """Everything the rounds remember; durable as JSON.
+
+    Attributes:
+        run: names this life of the fleet; a new store begins another.
+        phase: see the drawing above.
+        round: the round that is open, or was last; 0 before the first.
+        version: of the global adapter that the current round trains from.
+        base: fingerprint of the fleet's base; None until the first device, unless the fleet's file names one.
+        members: device name → what it said.
+        asked: devices whose updates this round waits for.
+        stored: device name → SHA-256 of its stored update of this round.
+        ended: devices whose fleet life is over: their last report said done or failed.
+        progress_at: when something last moved.
+    """
+
+    run: Name
+    phase: Literal["gather", "train", "merging", "finish", "over"] = "gather"
+    round: int = 0
+    version: int = 0
+    base: str | None = None
+    members: dict[Name, Member] = Field(default_factory=dict)
+    asked: tuple[Name, ...] = ()
+    stored: dict[Name, str] = Field(default_factory=dict)
+    ended: dict[Name, Report] = Field(default_factory=dict)
+    progress_at: float = 0.0
+
+
+# ── events ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A device said something."""
+
+    message: Hello | Offer | Report
+
+
+@dataclass(frozen=True)
+class PresenceChanged:
+    """A device came online, or its last will was published."""
+
+    client: str
+    online: bool
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An update is complete, checked and durable."""
+
+    offer: Offer
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An update arrived in full and cannot be used."""
+
+    offer: Offer
+    reply: Rejected
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A chunk is stored; `whole` is its offer, if that was the last one missing."""
+
+    whole: Offer | None = None
+
+
+@dataclass(frozen=True)
+class MergeDone:
+    """The merge of the open round is durable as this version."""
+
+    version: int
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time passed."""
+
+
+Event = Heard | PresenceChanged | Stored | Refused | Moved | MergeDone | Tick
+
+# ── actions ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Say this to one device."""
+
+    client: str
+    message: Message
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Take this offer: ask for the chunks that are missing, or check and store it if none is."""
+
+    offer: Offer
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Merge the stored updates of the open round."""
+
+    round: int
+
+
+@dataclass(frozen=True)
+class Announce:
+    """Publish the Directive of the current state, and the bands it refers to."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something a person watching the server wants to know."""
+
+    text: str
+
+
+Action = Reply | Stage | Merge | Announce | Note
+
+
+def begin(run: str, base: str | None, now: float) -> tuple[State, list[Action]]:
+    """A fleet that nobody has joined yet."""
+    return State(run=run, base=base, progress_at=now), [Announce()]
+
+
+def resume(state: State, now: float) -> tuple[State, list[Action]]:
+    """What to do again after a restart: tell the fleet where it stands, and finish a merge that was begun."""
+    state = state.model_copy(update={"progress_at": now})
+    actions: list[Action] = [Note(f"resuming in phase '{state.phase}', round {state.round}"), Announce()]
+    return state, [*actions, Merge(state.round)] if state.phase == "merging" else actions
+
+
+def step(state: State, event: Event, now: float, policy: Policy) -> tuple[State, list[Action]]:
+    """The next state and what must be done, for one event at time `now` (seconds, any origin)."""
+    actions: list[Action] = []
+    match event:
+        case Heard(Hello() | Offer() as message):
+            before = state
+            state, actions = (
+                _hello(state, message, policy) if isinstance(message, Hello) else _offer(state, message, policy)
+            )
+            if state == before:
+                # Said again, or refused. A device that only repeats itself must not hold up the round for ever.
+                return _advance(state, actions, now, policy)
+        case Heard(Report() as report):
+            if report.client not in state.members:
+                return state, []
+            state, actions = _report(state, report)
+        case PresenceChanged(client, online):
+            state, actions = _presence(state, client, policy, online=online)
+            return _advance(state, actions, now, policy)
+        case Stored(offer):
+            state, actions = _stored(state, offer)
+        case Refused(offer, reply):
+            if offer.round == state.round:
+                state = _not_asked(state, offer.client)
+            actions = [Reply(offer.client, reply), Note(f"refused the update of '{offer.client}': {reply.reason}")]
+        case MergeDone(version):
+            state = state.model_copy(update={"version": version, "phase": "train", "progress_at": now})
+            return _next_round(state, actions, policy)
+        case Moved(whole):
+            actions = [Stage(whole)] if whole else []
+        case Tick():
+            return _advance(state, actions, now, policy)
+    return _advance(state.model_copy(update={"progress_at": now}), actions, now, policy)
+
+
+def _hello(state: State, hello: Hello, policy: Policy) -> tuple[State, list[Action]]:
+    refusal = admit(state.members, state.base, hello)
+    if refusal:
+        return state, [Reply(hello.client, refusal), Note(f"refused '{hello.client}': {refusal.reason}")]
+    known = hello.client in state.members
+    members = {**state.members, hello.client: Member(hello=hello)}
+    # A device that failed and is back takes part again.
+    ended = {name: report for name, report in state.ended.items() if name != hello.client or report.state == "done"}
+    state = state.model_copy(update={"members": members, "base": hello.base, "ended": ended})
+    actions: list[Action] = [Reply(hello.client, Welcome(client=hello.client, fleet=policy.fleet))]
+    if not known:
+        actions.append(Note(f"'{hello.client}' joined: {hello.device}; {hello.plan}"))
+    return _asked_too(state, hello.client, policy), actions
+
+
+def _asked_too(state: State, client: str, policy: Policy) -> State:
+    """In a round that asks everybody, whoever comes late, or comes back, is asked as well."""
+    if state.phase != "train" or policy.fraction_train != 1.0 or client in {*state.asked, *state.ended}:
+        return state
+    return state.model_copy(update={"asked": tuple(sorted((*state.asked, client)))})
+
+
+def _not_asked(state: State, client: str) -> State:
+    """The state that does not wait for this device in the open round."""
+    return state.model_copy(update={"asked": tuple(name for name in state.asked if name != client)})
+
+
+def _offer(state: State, offer: Offer, policy: Policy) -> tuple[State, list[Action]]:
+    sha = offer.blob.sha256
+    refusal: Rejected | None = None
+    if state.stored.get(offer.client) == sha:
+        return state, [Reply(offer.client, Accepted(sha256=sha, round=offer.round))]
+    if offer.client in state.members and offer.round == state.round:
+        state = _asked_too(state, offer.client, policy)
+    if offer.client not in state.members:
+        refusal = Rejected(code="unknown-client", reason="say hello first", sha256=sha)
+    elif state.phase != "train" or offer.round != state.round or offer.client not in state.asked:
+        refusal = Rejected(
+            code="round-closed",
+            reason=f"round {offer.round} takes no update of yours; the fleet is in phase '{state.phase}', "
+            f"round {state.round}; follow the current directive",
+            sha256=sha,
+        )
+    elif offer.client in state.stored:
+        refusal = Rejected(code="round-closed", reason="another update of yours is stored already", sha256=sha)
+    elif offer.version != state.version:
+        refusal = Rejected(
+            code="round-closed", reason=f"trained from version {offer.version}, not {state.version}", sha256=sha
+        )
+    elif offer.blob.size > policy.max_upload_bytes or offer.blob.chunks > MAX_CHUNKS:
+        refusal = Rejected(
+            code="too-large",
+            reason=f"an update has at most {policy.max_upload_bytes} bytes in {MAX_CHUNKS} chunks; this one has "
+            f"{offer.blob.size} in {offer.blob.chunks}; use a smaller rank, a leaner codec or larger chunks",
+            sha256=sha,
+        )
+        state = _not_asked(state, offer.client)
+    return (state, [Reply(offer.client, refusal)]) if refusal else (state, [Stage(offer)])
+
+
+def _report(state: State, report: Report) -> tuple[State, list[Action]]:
+    if report.state not in {"done", "failed"}:
+        return state, []
+    if report.state == "failed":
+        state = _not_asked(state, report.client)
+    return state.model_copy(update={"ended": {**state.ended, report.client: report}}), [
+        Note(f"'{report.client}' {report.state}" + (f": {report.detail}" if report.detail else ""))
+    ]
+
+
+def _presence(state: State, client: str, policy: Policy, *, online: bool) -> tuple[State, list[Action]]:
+    member = state.members.get(client)
+    if member is None or member.online == online:
+        return state, []
+    members = {**state.members, client: member.model_copy(update={"online": online})}
+    state = state.model_copy(update={"members": members})
+    if online:
+        state = _asked_too(state, client, policy)
+    return state, [Note(f"'{client}' is {'online' if online else 'offline'}")]
+
+
+def _stored(state: State, offer: Offer) -> tuple[State, list[Action]]:
+    reply = Reply(offer.client, Accepted(sha256=offer.blob.sha256, round=offer.round))
+    if state.phase != "train" or offer.round != state.round or offer.client in state.stored:
+        return state, [reply]
+    state = state.model_copy(update={"stored": {**state.stored, offer.client: offer.blob.sha256}})
+    note = Note(f"round {state.round}: update of '{offer.client}' stored ({len(state.stored)} of {len(state.asked)})")
+    return state, [reply, note]
+
+
+def _advance(state: State, actions: list[Action], now: float, policy: Policy) -> tuple[State, list[Action]]:
+    """Go on to the next phase if the current one has all that it waits for."""
+    stalled = now - state.progress_at > policy.progress_timeout
+    match state.phase:
+        case "gather":
+            online = sum(member.online for member in state.members.values())
+            if online >= policy.min_available_nodes:
+                return _next_round(state.model_copy(update={"progress_at": now}), actions, policy)
+        case "train":
+            return _advance_train(state, actions, now, policy, stalled=stalled)
+        case "finish":
+            absent = [name for name, member in state.members.items() if name not in state.ended and member.online]
+            if not absent or stalled:
+                return state.model_copy(update={"phase": "over"}), [
+                    *actions,
+                    Announce(),
+                    Note("the fleet has finished"),
+                ]
+        case "merging" | "over":
+            pass
+    return state, actions
+
+
+def _advance_train(
+    state: State, actions: list[Action], now: float, policy: Policy, *, stalled: bool
+) -> tuple[State, list[Action]]:
+    late = [name for name in state.asked if name not in state.stored]
+    enough = max(1, math.ceil(policy.quorum * len(state.asked)))
+    if state.stored and (not late or (stalled and len(state.stored) >= enough)):
+        if late:
+            actions = [*actions, Note(f"round {state.round}: going on without {', '.join(late)}: no progress")]
+        return state.model_copy(update={"phase": "merging"}), [*actions, Merge(state.round)]
+    gone = [name for name in late if not state.members[name].online]
+    others = _others(state, len(gone) if stalled else 0, policy)
+    if others:
+        asked = tuple(sorted({*state.asked, *others} - set(gone[: len(others)])))
+        state = state.model_copy(update={"asked": asked, "progress_at": now})
+        return state, [*actions, Announce(), Note(f"round {state.round}: asking {', '.join(others)} instead")]
+    if stalled:
+        note = Note(
+            f"round {state.round}: no progress for {policy.progress_timeout:.0f} s, {len(state.stored)} of {enough} "
+            f"updates needed; still waiting for {', '.join(late) or 'devices'}"
+        )
+        # The directive is said again: the broker may have lost it, and with it the devices' next move.
+        return state.model_copy(update={"progress_at": now}), [*actions, Announce(), note]
+    return state, actions
+
+
+def _others(state: State, gone: int, policy: Policy) -> list[str]:
+    """Devices to ask in the place of those that went away; or at all, if nobody was there when the round began."""
+    spare = {name: member for name, member in state.members.items() if name not in {*state.asked, *state.ended}}
+    if not state.asked:
+        return list(choose(spare, policy.fraction_train, state.round, policy.seed))
+    return ranking(spare, state.round, policy.seed)[:gone]
+
+
+def _next_round(state: State, actions: list[Action], policy: Policy) -> tuple[State, list[Action]]:
+    if state.round >= policy.num_rounds:
+        state = state.model_copy(update={"phase": "finish", "asked": (), "stored": {}})
+        return state, [*actions, Announce(), Note(f"all {policy.num_rounds} rounds are merged; devices finish")]
+    number = state.round + 1
+    remaining = {name: member for name, member in state.members.items() if name not in state.ended}
+    asked = choose(remaining, policy.fraction_train, number, policy.seed)
+    state = state.model_copy(update={"phase": "train", "round": number, "asked": asked, "stored": {}})
+    return state, [*actions, Announce(), Note(f"round {number} of {policy.num_rounds}: asking {', '.join(asked)}")]

@@ -1,0 +1,165 @@
+"""Small fleets of updates for the tests of the methods, and naive dense references of what each method computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.lora.adapter import Adapter, LayerSlot, Pair, Slot
+from edge_runtime.lora.algebra import decompose, take, to_pair
+from edge_runtime.wire import codec
+from server.aggregators.method import Aggregator, Shapes, State, Update
+
+Dense = dict[str, NDArray[np.float64]]
+
+SHAPES: Shapes = {"model.layers.0.q_proj": (14, 18), "model.layers.1.q_proj": (10, 12)}
+LAYER = "model.layers.0.q_proj"
+
+
+def learnt_state(rank: int, seed: int = 0, shapes: Shapes = SHAPES, decay: float = 0.25) -> State:
+    """A global adapter that has learnt something: singular values fall as exp(-decay i)."""
+    draw = np.random.default_rng([seed, rank])
+    layers = {}
+    for name, (d_out, d_in) in shapes.items():
+        u, _ = np.linalg.qr(draw.standard_normal((d_out, d_out)))
+        v, _ = np.linalg.qr(draw.standard_normal((d_in, d_in)))
+        held = min(rank, d_out, d_in)
+        s = np.exp(-decay * np.arange(held))
+        whole = Pair(v[:, :held].T.astype(np.float32), (u[:, :held] * s).astype(np.float32))
+        layers[name] = to_pair(decompose([(1.0, whole)]), 0, held)
+    return State(Adapter(layers), Adapter({}), 3)
+
+
+def slot_for(shapes: Shapes, rank: int, held: int | None = None) -> Slot:
+    """A device that trains `rank` directions of every layer and holds `held`, or just those."""
+    return Slot(
+        {
+            name: LayerSlot(
+                d_out, d_in, held=min(rank if held is None else held, d_out, d_in), trained=min(rank, d_out, d_in)
+            )
+            for name, (d_out, d_in) in shapes.items()
+        }
+    )
+
+
+def updates_from(
+    state: State,
+    method: Aggregator,
+    ranks: Sequence[int],
+    *,
+    weights: Sequence[float] | None = None,
+    size: float = 0.1,
+    seed: int = 0,
+    downlink: str | None = None,
+) -> list[Update]:
+    """What devices of these trained ranks return, if the global adapter reached them through the codec `downlink`.
+
+    With `size` 0, nobody learns anything.
+    """
+    draw = np.random.default_rng([seed, *ranks])
+    sent = codec.decode(codec.encode(state.adapter, downlink)) if downlink else state.adapter
+    found = []
+    for index, rank in enumerate(ranks):
+        slot = slot_for(sent.shapes, rank)
+        received = Adapter(
+            {
+                name: take(pair, range(min(slot.layers[name].trained, pair.rank)))
+                for name, pair in method.fit(sent, slot).items()
+            }
+        )
+        trained = Adapter(
+            {
+                name: Pair(
+                    (pair.a + size * draw.standard_normal(pair.a.shape)).astype(np.float32),
+                    (pair.b + size * draw.standard_normal(pair.b.shape)).astype(np.float32),
+                )
+                for name, pair in received.items()
+            }
+        )
+        found.append(Update(f"device-{index}", weights[index] if weights else 1.0 + index, received, trained))
+    return found
+
+
+def dense(adapter: Adapter, shapes: Shapes = SHAPES) -> Dense:
+    """The product of every layer in float64; zero for a layer that the adapter does not have."""
+    return {
+        name: adapter[name].b.astype(np.float64) @ adapter[name].a.astype(np.float64)
+        if name in adapter
+        else np.zeros(shape)
+        for name, shape in shapes.items()
+    }
+
+
+def mean(updates: Sequence[Update], name: str, of: Callable[[Update], NDArray[np.float64]]) -> NDArray[np.float64]:
+    """The weighted mean over the devices that trained a layer."""
+    there = [update for update in updates if name in update.trained]
+    total = sum(update.weight for update in there)
+    return np.asarray(sum(update.weight / total * of(update) for update in there))
+
+
+def naive_svd(_state: State, updates: Sequence[Update], name: str) -> NDArray[np.float64]:
+    """The weighted mean of absolute products."""
+    return mean(updates, name, lambda update: dense(update.trained)[name])
+
+
+def naive_increment(state: State, updates: Sequence[Update], name: str) -> NDArray[np.float64]:
+    """The global product and its tail, moved by the weighted mean of what devices changed."""
+    moved = mean(updates, name, lambda update: dense(update.trained)[name] - dense(update.received)[name])
+    return np.asarray(dense(state.adapter)[name] + dense(state.tail)[name] + moved)
+
+
+def naive_zero_pad(state: State, updates: Sequence[Update], name: str) -> NDArray[np.float64]:
+    """The product of the padded means; directions that nobody trained are those of before."""
+    old = state.adapter[name]
+    widest = max(update.trained[name].rank for update in updates if name in update.trained)
+    a = np.zeros(old.a.shape)
+    b = np.zeros(old.b.shape)
+    a[widest:], b[:, widest:] = old.a[widest:], old.b[:, widest:]
+
+    def padded(update: Update, factor: str) -> NDArray[np.float64]:
+        pair = update.trained[name]
+        whole = np.zeros((widest, pair.a.shape[1]) if factor == "a" else (pair.b.shape[0], widest))
+        if factor == "a":
+            whole[: pair.rank] = pair.a
+        else:
+            whole[:, : pair.rank] = pair.b
+        return whole
+
+    a[:widest] = mean(updates, name, lambda update: padded(update, "a"))
+    b[:, :widest] = mean(updates, name, lambda update: padded(update, "b"))
+    return np.asarray(b @ a)
+
+
+NAIVE: Mapping[str, Callable[[State, Sequence[Update], str], NDArray[np.float64]]] = {
+    "increment": naive_increment,
+    "svd": naive_svd,
+    "zero_pad": naive_zero_pad,
+}
+"""What each method computes, written as its formula on dense matrices, before any truncation."""
+
+
+def idle(method: Aggregator, state: State, ranks: Sequence[int], rounds: int = 1, downlink: str | None = None) -> State:
+    """The state after rounds in which every device returns exactly what it received."""
+    equal = [1.0] * len(ranks)
+    for _ in range(rounds):
+        updates = updates_from(state, method, ranks, weights=equal, size=0.0, downlink=downlink)
+        state = method.combine(state, updates).state
+    return state
+
+
+def energy_kept(after: Adapter, before: Adapter) -> float:
+    """Share of the squared norm of all products that is left."""
+    return sum(float(np.sum(w**2)) for w in dense(after, after.shapes).values()) / sum(
+        float(np.sum(w**2)) for w in dense(before, before.shapes).values()
+    )
+
+
+MIXED_RANKS = (4, 4, 8, 8, 16, 16, 32, 64)
+"""The fleet of ranks on which the published SVD methods were measured to lose most of their energy."""
+
+
+def wide_state() -> State:
+    """One layer of rank 64 with a mild spectrum, for MIXED_RANKS."""
+    return learnt_state(64, shapes={LAYER: (96, 80)}, decay=0.02)
