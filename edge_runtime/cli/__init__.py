@@ -1,0 +1,40 @@
+"""The one command, `edge-runtime VERB`. Each verb's module is imported only when it runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a verb and end the process: 0, or the exit code of the family that the error belongs to."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run a verb; every failure is one line on standard error. Returns the exit code."""
+    import typer
+
+    from edge_runtime.cli.app import app, verbs
+    from edge_runtime.errors import INTERRUPTED, ConfigError, EdgeRuntimeError
+
+    # Newer typers carry a click of their own, so its root of usage errors is reached through what typer exports.
+    usage_error: type[Exception] = typer.BadParameter.__mro__[2]
+    try:
+        result = app(list(argv) or ["--help"], standalone_mode=False, prog_name="edge-runtime")
+    except typer.Exit as end:
+        return end.exit_code
+    except EdgeRuntimeError as error:
+        return _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted; what was finished is kept, the same command goes on from there", INTERRUPTED)
+    except usage_error as error:
+        message = str(getattr(error, "format_message", error.__str__)())
+        known = f" Expected one of: {', '.join(verbs())}." if message.startswith("No such command") else ""
+        return _fail(f"{message}{known} See: edge-runtime --help", ConfigError.exit_code)
+    return result if isinstance(result, int) else 0
+
+
+def _fail(sentence: str, code: int) -> int:
+    sys.stderr.write(f"edge-runtime: {sentence}\n")
+    return code

@@ -1,0 +1,134 @@
+"""The verbs and their flags. The work is done in the module of each verb, imported when it is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="edge-runtime",
+    help="Fine-tune language models on devices that are not alike, over MQTT.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="The fleet's TOML file.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value over the file; repeatable.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Base = Annotated[str, typer.Option(help="smollm2, a hub id, a local folder, or a GGUF file.")]
+MemoryLimit = Annotated[str | None, typer.Option(help="What training may use, such as 900M or 2G.")]
+
+
+@app.command()
+def demo(
+    rounds: Annotated[int, typer.Option(help="Rounds of training.", min=1)] = 3,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME:MEMORY:DATA, such as pi:900M:stdlib-docs:text; repeatable."),
+    ] = None,
+    base: Base = "smollm2",
+    method: Annotated[str, typer.Option(help="increment, svd or zero_pad.")] = "increment",
+    broker: Annotated[str, typer.Option(help="nats or mosquitto (started here), or HOST:PORT of your own.")] = "nats",
+    out: Annotated[Path, typer.Option(help="Folder for plots, metrics, logs and adapters.")] = Path("edge-demo"),
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> int:
+    """Everything on this machine: broker, server, three unlike devices, report."""
+    from edge_runtime.cli import demo as verb
+
+    return verb.run(rounds, device or [], base, method, broker, out, config, overrides or [])
+
+
+@app.command()
+def profile(
+    base: Annotated[str | None, typer.Option(help="Also show the plan for this base model.")] = None,
+    as_device: Annotated[str | None, typer.Option(help="Plan as a device of the catalogue would.")] = None,
+    memory_limit: MemoryLimit = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    json: Json = False,
+) -> int:
+    """What this device is, and the plan it would follow for a base model."""
+    from edge_runtime.cli import profile as verb
+
+    return verb.run(base, as_device, memory_limit, config, overrides or [], json=json)
+
+
+@app.command()
+def prepare(base: Base = "smollm2", precision: Annotated[str, typer.Option(help="nf4, bf16 or fp32.")] = "nf4") -> int:
+    """Convert a base model once, into this user's cache."""
+    from edge_runtime.cli import prepare as verb
+
+    return verb.run(base, precision)
+
+
+@app.command()
+def client(
+    name: Annotated[str | None, typer.Option(help="Client id; the host name when absent.")] = None,
+    data: Annotated[str | None, typer.Option(help="A JSONL file, or stdlib-docs:GROUP.")] = None,
+    base: Annotated[str | None, typer.Option(help="smollm2, a hub id, a local folder, or a GGUF file.")] = None,
+    broker: Annotated[str | None, typer.Option(help="HOST[:PORT].")] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="Folder for all that this device remembers.")] = None,
+    memory_limit: MemoryLimit = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    json: Json = False,
+) -> int:
+    """Join a fleet with this device."""
+    from edge_runtime.cli import client as verb
+
+    flags = {"name": name, "data": data, "base": base, "state_dir": state_dir}
+    return verb.run(flags, broker, memory_limit, config, overrides or [], json=json)
+
+
+@app.command()
+def server(
+    broker: Annotated[str | None, typer.Option(help="HOST[:PORT].")] = None,
+    store: Annotated[Path | None, typer.Option(help="Folder of the fleet's durable state.")] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    json: Json = False,
+) -> int:
+    """Run a fleet."""
+    from edge_runtime.cli import server as verb
+
+    return verb.run(broker, store, config, overrides or [], json=json)
+
+
+@app.command()
+def broker(
+    kind: Annotated[str, typer.Option(help="nats or mosquitto.")] = "nats",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="TCP port.", min=1, max=65535)] = 1883,
+    store: Annotated[Path, typer.Option(help="Folder of the broker's durable state.")] = Path("edge-broker"),
+) -> int:
+    """Run the embedded broker alone."""
+    from edge_runtime.cli import broker as verb
+
+    return verb.run(kind, host, port, store)
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    store: Annotated[Path | None, typer.Option(help="A server's store: export a global adapter.")] = None,
+    version: Annotated[int | None, typer.Option(help="Which version; the newest when absent.")] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="A device's state: export its personal adapter.")] = None,
+    format: Annotated[str, typer.Option("--format", help="peft.")] = "peft",  # noqa: A002  the flag's name
+    base: Base = "smollm2",
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> int:
+    """A personal or global adapter in the format of an inference engine."""
+    from edge_runtime.cli import export as verb
+
+    return verb.run(out, store, version, state_dir, format, base, config, overrides or [])
+
+
+def verbs() -> list[str]:
+    """The names of all verbs, in the order of the help."""
+    return [str(command.callback.__name__) for command in app.registered_commands if command.callback]

@@ -1,0 +1,20 @@
+"""`edge-runtime broker`: the embedded broker, alone."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from edge_runtime.cli import shell
+from edge_runtime.wire import broker as embedded
+
+
+def run(kind: str, host: str, port: int, store: Path) -> int:
+    """Serve until Ctrl-C or SIGTERM; what was published and retained is kept in the store."""
+    say = shell.logger("broker", as_json=False)
+    stop = shell.stop_on_signals()
+    with embedded.start(kind, store=store, host=host, port=port) as served:
+        say(f"{kind} serves MQTT on {served.address}; state in {store}; Ctrl-C ends it")
+        while not stop() and served.running:
+            time.sleep(0.5)
+    return 0

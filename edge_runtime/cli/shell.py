@@ -1,0 +1,131 @@
+"""What the long-running verbs share: signals, logs, the connection to the broker, sizes."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from random import Random
+from typing import IO, Any
+
+from edge_runtime.config import Broker, Config
+from edge_runtime.errors import ConfigError
+from edge_runtime.wire.address import BrokerAddress
+from edge_runtime.wire.transport import Transport, Will
+
+UNITS: Mapping[str, int] = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def size(text: str) -> int:
+    """Bytes of a size such as 900M, 1.5G or 123456; binary units.
+
+    Raises:
+        ConfigError: not a size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if found is None:
+        raise ConfigError(f"a size is a number with K, M, G or T, such as 900M; found {text!r}")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def stop_on_signals() -> Callable[[], bool]:
+    """Ctrl-C and SIGTERM ask for a clean end; a second one ends at once. Returns whether the end was asked for."""
+    asked = threading.Event()
+
+    def ask(number: int, _frame: object) -> None:
+        asked.set()
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask)
+    return asked.is_set
+
+
+def logger(who: str, *, as_json: bool, stream: IO[str] = sys.stderr) -> Callable[[str], None]:
+    """A function that logs a sentence, with its time and who says it; safe from any thread."""
+    lock = threading.Lock()
+
+    def say(text: str) -> None:
+        at = datetime.now(timezone.utc).astimezone()
+        line = (
+            json.dumps({"time": at.isoformat(timespec="milliseconds"), "who": who, "message": text})
+            if as_json
+            else f"{at:%H:%M:%S} {who}: {text}"
+        )
+        with lock:
+            stream.write(line + "\n")
+            stream.flush()
+
+    return say
+
+
+def recorder(path: Path) -> Callable[[Mapping[str, Any]], None]:
+    """A function that appends events to a JSON-lines file, each with its time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def record(event: Mapping[str, Any]) -> None:
+        stamped = {"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **event}
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(stamped) + "\n")
+
+    return record
+
+
+def with_broker(config: Config, address: str | None) -> Config:
+    """The configuration with HOST[:PORT] in the place of the file's broker.
+
+    Raises:
+        ConfigError: not an address.
+    """
+    if address is None:
+        return config
+    host, colon, port = address.rpartition(":")
+    if not colon:
+        host, port = address, str(config.broker.port)
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"--broker takes HOST or HOST:PORT; found {address!r}")
+    broker = config.broker.model_copy(update={"host": host, "port": int(port)})
+    return config.model_copy(update={"broker": broker})
+
+
+def address_of(broker: Broker) -> BrokerAddress:
+    """The broker's address with its credentials.
+
+    Raises:
+        ConfigError: the password file cannot be read.
+    """
+    password = None
+    if broker.password_file is not None:
+        try:
+            password = broker.password_file.read_text(encoding="utf-8").splitlines()[0]
+        except (OSError, IndexError) as error:
+            raise ConfigError(f"broker.password_file: a password was expected in the first line ({error})") from error
+    return BrokerAddress(
+        host=broker.host,
+        port=broker.port,
+        username=broker.username,
+        password=password,
+        tls_ca=broker.cafile,
+        tls_cert=broker.certfile,
+        tls_key=broker.keyfile,
+    )
+
+
+def connect(config: Config, client_id: str, say: Callable[[str], None], will: Will | None = None) -> Transport:
+    """Connect to the fleet's broker; goes on trying, and says so."""
+    from edge_runtime.wire import mqtt
+
+    return mqtt.connect(
+        address_of(config.broker),
+        client_id,
+        on_event=say,
+        # Jitter only has to differ between devices; it is no secret and no experiment depends on it.
+        random=Random(client_id),  # noqa: S311
+        will=will,
+        patience=config.broker.patience,
+    )

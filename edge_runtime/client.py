@@ -1,0 +1,354 @@
+"""The shell around `agent`: transport, durable state and trainer on one side, the pure protocol on the other.
+
+The trainer is a seam (`edge_runtime.trainer`); `edge_runtime.train.local` is the real one. The shell needs no torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from edge_runtime import agent
+from edge_runtime.errors import EdgeRuntimeError, FingerprintMismatchError, RejectedError, WireError
+from edge_runtime.lora.adapter import Adapter, Slot
+from edge_runtime.lora.algebra import cut
+from edge_runtime.state import DeviceState
+from edge_runtime.trainer import AdapterSpec, Delivered, StepReport, Trainer
+from edge_runtime.wire import bands, blobs, codec, topics
+from edge_runtime.wire.messages import (
+    Directive,
+    Hello,
+    Losses,
+    Message,
+    Offer,
+    Presence,
+    Rejected,
+    Report,
+    dump,
+    group,
+    load,
+)
+from edge_runtime.wire.transport import Delivery, Transport, Will
+
+REPEAT_SECONDS = 10.0
+"""How long an unanswered message waits before it is said again."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who this device is.
+
+    Attributes:
+        fleet: the fleet's name.
+        client: this device's client id.
+        chunk_bytes: size of the chunks of its uploads.
+    """
+
+    fleet: str
+    client: str
+    chunk_bytes: int = blobs.CHUNK_BYTES
+
+
+@dataclass
+class Progress:
+    """What the reports say between two events."""
+
+    losses: Losses = field(default_factory=Losses)
+    round: int = 0
+
+
+class Client:
+    """One device of a fleet.
+
+    Args:
+        identity: its fleet and name.
+        transport: connected, with `will(fleet, name)` as its last will.
+        state: opened.
+        trainer: plans and trains.
+        deliver: exports the personal adapter of the live model and verifies it; called once, at the end.
+        say: told a sentence for people whenever something happens.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        transport: Transport,
+        state: DeviceState,
+        trainer: Trainer,
+        deliver: Callable[[], Delivered],
+        say: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name, self._fleet, self._chunk_bytes = identity.client, identity.fleet, identity.chunk_bytes
+        self._transport, self._disk, self._trainer = transport, state, trainer
+        self._deliver, self._say, self._clock = deliver, say, clock
+        outbox = state.outbox
+        self._state = agent.start(self._name, state.run, outbox[0] if outbox else None, state.settled)
+        self._slot: Slot | None = None
+        self._wanted: dict[str, dict[int, bytes]] = {}
+        self._directive: Directive | None = None
+        self._progress = Progress()
+        self._heard = clock()
+
+    @property
+    def left(self) -> bool:
+        """Whether its fleet life is over: the personal adapter is made and reported."""
+        return self._state.left
+
+    def run(self, stop: Callable[[], bool], *, poll: float = 0.5) -> None:
+        """Take part until the fleet has finished, or `stop()` says so.
+
+        Raises:
+            FingerprintMismatchError: the fleet trains another base model.
+            RejectedError: the server refused this device for another reason.
+            EdgeRuntimeError: planning, training or export failed; the server was told.
+        """
+        self._transport.publish(*_presence(self._fleet, self._name, online=True), retain=True)
+        self._transport.subscribe(topics.down(self._fleet, self._name))
+        self._transport.subscribe(topics.directive(self._fleet))
+        try:
+            self._take_part(stop, poll)
+        finally:
+            self._transport.publish(*_presence(self._fleet, self._name, online=False), retain=True)
+            self._transport.flush(10.0)
+
+    def _take_part(self, stop: Callable[[], bool], poll: float) -> None:
+        sessions = self._transport.sessions
+        while not stop() and not self._state.left:
+            delivery = self._transport.receive(poll)
+            if delivery is not None:
+                self.handle(delivery)
+            if self._transport.sessions != sessions:
+                sessions = self._transport.sessions
+                self._transport.publish(*_presence(self._fleet, self._name, online=True), retain=True)
+                self._apply(agent.Repeat())
+            elif self._clock() - self._heard >= REPEAT_SECONDS:
+                self._heard = self._clock()
+                self._apply(agent.Repeat())
+
+    def handle(self, delivery: Delivery) -> None:
+        """Take one delivery. Nonsense is said and dropped; the device goes on."""
+        topic = topics.parse(self._fleet, delivery.topic)
+        delivery.ack()  # nothing here is needed again: directives and bands are retained, answers can be had again
+        if topic is None or not delivery.payload:
+            return
+        try:
+            event = self._event(topic, delivery.payload)
+        except WireError as error:
+            self._say(f"dropped a message on {delivery.topic}: {error}")
+            return
+        if event is not None:
+            self._apply(event)  # not within the try: what goes wrong in our own work is no nonsense from outside
+
+    def _event(self, topic: topics.Topic, payload: bytes) -> agent.Event | None:
+        """What a delivery says; a chunk says something once it is the last one."""
+        if topic.kind == "blob":
+            return self._chunk(topic, payload)
+        if topic.kind in {"round", "down"}:
+            self._heard = self._clock()
+            return agent.Received(load(payload))
+        return None
+
+    def _apply(self, event: agent.Event) -> None:
+        self._state, actions = agent.step(self._state, event)
+        for action in actions:
+            self._perform(action)
+
+    def _perform(self, action: agent.Action) -> None:
+        match action:
+            case agent.Say(message):
+                self._publish(message)
+            case agent.MakePlan(spec):
+                self._working(lambda: self._introduce(spec))
+            case agent.Fetch(directive):
+                self._fetch(directive)
+            case agent.Train(directive):
+                self._working(lambda: self._train(directive))
+            case agent.SendChunks(offer, ranges):
+                self._send(offer, ranges)
+            case agent.Settle(round_number):
+                self._disk.settle(round_number)
+            case agent.Adopt(run):
+                self._disk.adopt(run)
+            case agent.Finish(directive):
+                self._working(lambda: self._finish(directive))
+            case agent.Leave(refusal):
+                if refusal is not None:
+                    raise _refused(refusal)
+
+    def _working(self, work: Callable[[], agent.Event]) -> None:
+        """Do a piece of work; if it fails, tell the server before this process ends."""
+        try:
+            event = work()
+        except EdgeRuntimeError as error:
+            self._report("failed", detail=str(error)[:1024])
+            self._transport.flush(5.0)
+            raise
+        self._apply(event)
+
+    def _introduce(self, spec: AdapterSpec) -> agent.Event:
+        intro = self._trainer.introduce(spec)
+        self._slot = intro.slot
+        self._say(f"plan: {intro.plan}")
+        self._report("planned", detail=intro.plan)
+        return agent.Planned(
+            Hello(
+                client=self._name,
+                base=intro.base,
+                examples=intro.examples,
+                groups=group(intro.slot),
+                device=intro.device[:256],
+                precision=intro.precision,
+                plan=intro.plan[:1024],
+                software=intro.software[:256],
+            )
+        )
+
+    def _fetch(self, directive: Directive) -> None:
+        held = max(self._planned.held.values(), default=0)
+        refs = {band.blob.sha256: band.blob for band in directive.bands if band.start < held}
+        self._directive, self._progress.round = directive, directive.round
+        for sha in set(self._wanted) - set(refs):
+            self._transport.unsubscribe(topics.broadcast(self._fleet, sha))
+        self._disk.keep_bands(refs.keys())
+        self._wanted = {sha: {} for sha in refs if self._disk.band(sha) is None}
+        self._report("fetching")
+        for sha in self._wanted:
+            self._transport.subscribe(topics.broadcast(self._fleet, sha))
+        if not self._wanted:
+            self._apply(agent.Fetched(directive.version))
+
+    def _chunk(self, topic: topics.Topic, payload: bytes) -> agent.Event | None:
+        chunks = self._wanted.get(topic.digest)
+        directive = self._directive
+        ref = next((b.blob for b in directive.bands if b.blob.sha256 == topic.digest), None) if directive else None
+        if chunks is None or ref is None or directive is None or not blobs.fits(ref, topic.chunk, payload):
+            return None
+        self._heard = self._clock()
+        chunks[topic.chunk] = payload
+        if blobs.missing(ref, chunks):
+            return None
+        try:
+            self._disk.put_band(ref.sha256, blobs.join(ref, chunks))
+        except WireError:
+            chunks.clear()  # a broker mixed something up; its retained chunks come again with the next subscription
+            self._transport.subscribe(topics.broadcast(self._fleet, ref.sha256))
+            raise
+        del self._wanted[topic.digest]
+        self._transport.unsubscribe(topics.broadcast(self._fleet, topic.digest))
+        return None if self._wanted else agent.Fetched(directive.version)
+
+    @property
+    def _planned(self) -> Slot:
+        if self._slot is None:
+            raise RejectedError("a directive was obeyed before there was a plan; report this as a bug")
+        return self._slot
+
+    def _received(self, directive: Directive) -> Adapter:
+        """The global adapter of a version, as far as this device holds it."""
+        held = self._planned.held
+        refs = [band.blob.sha256 for band in directive.bands if band.start < max(held.values(), default=0)]
+        payloads = [self._disk.band(sha) for sha in refs]
+        whole = bands.join([codec.decode(payload) for payload in payloads if payload is not None])
+        return Adapter({name: cut(whole[name], rank) for name, rank in held.items() if rank and name in whole})
+
+    def _evaluate_base(self) -> None:
+        """The base's own held-out loss, once in a fleet's life: the global adapter of version 0 is a zero change."""
+        known = self._disk.fact("loss_base")
+        if known is None:
+            self._report("evaluating")
+            known = self._trainer.evaluate()
+            self._disk.put_fact("loss_base", known)
+        self._progress.losses = self._progress.losses.model_copy(update={"base": known})
+
+    def _train(self, directive: Directive) -> agent.Event:
+        self._trainer.receive(self._received(directive))
+        if directive.version == 0:
+            self._evaluate_base()
+        else:
+            self._report("evaluating")
+            self._evaluate(directive)
+        result = self._trainer.train(
+            directive.training,
+            directive.round,
+            lambda at: self._report("training", step=at.step, steps=at.steps, loss=at.loss),
+        )
+        payload = codec.encode(result.change, directive.codec)
+        offer = Offer(
+            client=self._name, round=directive.round, version=directive.version,
+            blob=blobs.describe(payload, self._chunk_bytes), examples=result.examples,
+            loss_first=result.loss_first, loss_last=result.loss_last,
+        )  # fmt: skip
+        self._disk.put_outbox(offer, payload)
+        moved = f"loss {result.loss_first:.3f} → {result.loss_last:.3f}"
+        self._say(f"round {directive.round}: {moved}, update of {len(payload)} bytes")
+        self._report("offering")
+        return agent.Trained(offer, directive.run)
+
+    def _finish(self, directive: Directive) -> agent.Event:
+        self._trainer.receive(self._received(directive))
+        self._report("evaluating")
+        self._evaluate(directive)
+        if directive.training.max_steps:
+            self._trainer.train(directive.training, directive.round + 1, self._step("personalising"))
+        self._losses(personal=self._trainer.evaluate())
+        self._report("exporting")
+        delivered = self._deliver()
+        self._say(f"personal adapter in {delivered.folder}; max |Δlogit| {delivered.max_logit_diff:.1e} when reloaded")
+        self._report("done", export_max_logit_diff=delivered.max_logit_diff)
+        return agent.Finished()
+
+    def _step(self, state: str) -> Callable[[StepReport], None]:
+        return lambda at: self._report(state, step=at.step, steps=at.steps, loss=at.loss)
+
+    def _evaluate(self, directive: Directive) -> None:
+        merged = self._trainer.evaluate()
+        self._losses(base=self._disk.fact("loss_base"), merged=merged, version=directive.version)
+
+    def _losses(self, **found: float | None) -> None:
+        self._progress.losses = self._progress.losses.model_copy(update=found)
+
+    def _send(self, offer: Offer, ranges: tuple[tuple[int, int], ...]) -> None:
+        outbox = self._disk.outbox
+        if outbox is None or outbox[0].blob.sha256 != offer.blob.sha256:
+            return  # settled in the meantime
+        chunks = blobs.split(outbox[1], offer.blob.chunk_bytes)
+        for index in blobs.from_ranges(ranges, len(chunks)):
+            self._transport.publish(topics.upload(self._fleet, self._name, offer.blob.sha256, index), chunks[index])
+            self._heard = self._clock()
+
+    def _publish(self, message: Message) -> None:
+        self._transport.publish(topics.up(self._fleet, self._name), dump(message))
+
+    def _report(self, state: Any, **facts: Any) -> None:
+        """Say what this device is doing; progress for the server, a picture for people."""
+        report = Report(
+            client=self._name,
+            state=state,
+            round=self._progress.round,
+            held_out=self._progress.losses,
+            bytes_up=self._transport.bytes_sent,
+            bytes_down=self._transport.bytes_received,
+            peak_bytes=self._trainer.peak_bytes,
+            **facts,
+        )
+        self._publish(report)
+
+
+def will(fleet: str, client: str) -> Will:
+    """The last will of a device: its retained status becomes "offline"."""
+    return Will(*_presence(fleet, client, online=False))
+
+
+def _presence(fleet: str, client: str, *, online: bool) -> tuple[str, bytes]:
+    presence = Presence(client=client, state="online" if online else "offline")
+    return topics.status(fleet, client), dump(presence)
+
+
+def _refused(refusal: Rejected) -> EdgeRuntimeError:
+    kinds: Mapping[str, type[EdgeRuntimeError]] = {"fingerprint": FingerprintMismatchError}
+    return kinds.get(refusal.code, RejectedError)(f"the server refused this device: {refusal.reason}")

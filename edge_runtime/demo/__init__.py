@@ -1,0 +1,1 @@
+"""Everything on one machine: broker, server and unlike devices, watched and reported."""

@@ -1,0 +1,131 @@
+"""A device whose model is one matrix for each layer: the whole protocol can be tested without torch.
+
+A layer's loss is the mean square of (change - target), so the best global adapter is known: the mean of the devices'
+targets, weighted by their examples. Training is plain gradient descent on the factors of the trained slice, with the
+rest of what the device holds frozen. There is no chance in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+
+from edge_runtime.lora.adapter import Adapter, LayerSlot, Matrix, Pair, Slot
+from edge_runtime.lora.algebra import change, cut
+from edge_runtime.trainer import AdapterSpec, Introduction, LocalResult, StepReport, Training
+
+SHAPES: Mapping[str, tuple[int, int]] = {
+    f"model.layers.{index}.self_attn.{module}": (12, 16) for index in range(2) for module in ("q_proj", "v_proj")
+}
+BASE = "b" * 64
+Targets = Mapping[str, Matrix]
+
+
+def targets(seed: int = 0, rank: int = 4, size: float = 1.0) -> Targets:
+    """A random target of that rank and Frobenius norm for every layer."""
+    draw = np.random.default_rng(seed)
+    found = {}
+    for name, (d_out, d_in) in SHAPES.items():
+        whole = draw.standard_normal((d_out, rank)) @ draw.standard_normal((rank, d_in))
+        found[name] = (size * whole / np.linalg.norm(whole)).astype(np.float32)
+    return found
+
+
+def optimum(devices: Iterable[ToyTrainer]) -> Targets:
+    """The change with the lowest loss over all examples of these devices."""
+    known = list(devices)
+    total = sum(device.examples for device in known)
+    return {
+        name: np.asarray(sum(d.examples / total * d.targets[name].astype(np.float64) for d in known), np.float32)
+        for name in SHAPES
+    }
+
+
+def distance(adapter: Adapter, goal: Targets) -> float:
+    """How far an adapter is from a goal, relative to the goal's norm, all layers together."""
+    apart = sum(float(np.sum((adapter[name].product() - wanted) ** 2)) for name, wanted in goal.items())
+    return float(np.sqrt(apart / sum(float(np.sum(wanted**2)) for wanted in goal.values())))
+
+
+class ToyTrainer:
+    """Implements `edge_runtime.trainer.Trainer`.
+
+    Args:
+        goal: this device's own targets.
+        rank: what it trains.
+        held: what it holds, where the fleet permits that it holds more than it trains.
+        examples: its weight.
+        base: fingerprint that it claims.
+    """
+
+    def __init__(self, goal: Targets, *, rank: int, held: int = 64, examples: int = 10, base: str = BASE) -> None:
+        self.targets, self.examples = goal, examples
+        self._rank, self._held, self._base = rank, held, base
+        self._received = Adapter({})
+        self._trained: dict[str, Pair] = {}
+        self.rounds: list[int] = []
+        self.specs: list[AdapterSpec] = []
+
+    @property
+    def peak_bytes(self) -> int:
+        """Nothing to speak of."""
+        return 0
+
+    @property
+    def live(self) -> Adapter:
+        """What the live model adds to its base, trained slice and frozen rest together."""
+        return Adapter({name: self._whole(name) for name in self._received})
+
+    def introduce(self, spec: AdapterSpec) -> Introduction:
+        """The ranks it was made with, within what the fleet permits."""
+        self.specs.append(spec)
+        trained = min(self._rank, spec.max_rank)
+        held = max(trained, min(self._held, spec.max_held)) if spec.hold_more else trained
+        slot = Slot(
+            {
+                name: LayerSlot(d_out, d_in, min(held, d_out, d_in), min(trained, d_out, d_in))
+                for name, (d_out, d_in) in SHAPES.items()
+            }
+        )
+        return Introduction(
+            slot=slot,
+            base=self._base,
+            examples=self.examples,
+            device="toy",
+            precision="fp32",
+            plan=f"train {trained}, hold {held}",
+            software="numpy",
+        )
+
+    def receive(self, adapter: Adapter) -> None:
+        """Begin from this."""
+        self._received = adapter
+        self._trained = {name: cut(pair, self._rank) for name, pair in adapter.items()}
+
+    def evaluate(self) -> float:
+        """Mean square of what is missing."""
+        apart = [np.mean((self._whole(name).product() - wanted) ** 2) for name, wanted in self.targets.items()]
+        return float(np.mean(apart))
+
+    def train(self, training: Training, round_number: int, on_step: Callable[[StepReport], None]) -> LocalResult:
+        """Gradient descent at `learning_rate` for `max_steps`."""
+        self.rounds.append(round_number)
+        before = dict(self._trained)
+        first = self.evaluate()
+        for step in range(training.max_steps):
+            for name, wanted in self.targets.items():
+                error = self._whole(name).product() - wanted
+                a, b = self._trained[name].a, self._trained[name].b
+                down_a, down_b = training.learning_rate * (b.T @ error), training.learning_rate * (error @ a.T)
+                self._trained[name] = Pair((a - down_a).astype(np.float32), (b - down_b).astype(np.float32))
+            on_step(StepReport(step + 1, training.max_steps, self.evaluate()))
+        moved = Adapter({name: change(self._trained[name], pair) for name, pair in before.items()})
+        return LocalResult(moved, self.examples, first, self.evaluate())
+
+    def _whole(self, name: str) -> Pair:
+        trained, held = self._trained[name], self._received[name]
+        return Pair(
+            np.concatenate([trained.a, held.a[trained.rank :]]),
+            np.concatenate([trained.b, held.b[:, trained.rank :]], axis=1),
+        )
