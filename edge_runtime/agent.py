@@ -279,7 +279,7 @@ def _fetched(state: State, version: int) -> tuple[State, list[Action]]:
     directive = state.directive
     if state.busy != "fetching" or state.hello is None or directive is None or directive.version != version:
         return state, []
-    if not _wanted(state, state.hello, directive):
+    if state.left or not _wanted(state, state.hello, directive):
         return replace(state, busy=""), []
     if directive.phase == "finish":
         return replace(state, busy="finishing"), [Finish(directive)]

@@ -126,7 +126,8 @@ class Client:
                 sessions = self._transport.sessions
                 self._transport.publish(*_presence(self._fleet, self._name, online=True), retain=True)
                 self._apply(agent.Repeat())
-            elif self._clock() - self._heard >= REPEAT_SECONDS:
+            elif self._clock() - self._heard >= REPEAT_SECONDS and self._transport.flush(0.0):
+                # Nothing of ours is still on its way, so the silence is not that of a slow link.
                 self._heard = self._clock()
                 self._apply(agent.Repeat())
 
@@ -161,6 +162,8 @@ class Client:
     def _perform(self, action: agent.Action) -> None:
         match action:
             case agent.Say(message):
+                # An answer is due from now on, however long the work before it took.
+                self._heard = self._clock()
                 self._publish(message)
             case agent.MakePlan(spec):
                 self._working(lambda: self._introduce(spec))

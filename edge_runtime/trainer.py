@@ -113,7 +113,7 @@ class Trainer(Protocol):
 
     @property
     def peak_bytes(self) -> int:
-        """Peak memory of this process so far."""
+        """Peak memory of this process so far, in bytes; pages that files back do not count."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
+from threadpoolctl import threadpool_limits
+
 from edge_runtime.config import Config
 from edge_runtime.errors import AggregationError, CorruptPayloadError, WireError
 from edge_runtime.lora.adapter import Adapter
@@ -248,7 +250,9 @@ class Service:
             return  # done already; a second time, the same updates would be added to their own outcome
         base = self._version(self._state.version)
         started = self._clock()
-        merged = self._method.combine(load_state(base.state), self._updates(number))
+        # The products are thin: BLAS threads gain nothing, and on busy cores they wait for each other (decision 0004).
+        with threadpool_limits(1):
+            merged = self._method.combine(load_state(base.state), self._updates(number))
         version, payloads = self._cut(self._state.version + 1, save_state(merged.state), merged.state.adapter)
         lost = sum(layer.lost**2 for layer in merged.layers.values()) ** 0.5
         self._record(

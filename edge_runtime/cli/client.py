@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -74,8 +73,6 @@ def _configure(
 
 def _trainer(config: Config, say: Callable[[str], None], stop: Callable[[], bool]) -> LocalTrainer:
     """The real trainer; the data is read first, so that a mistake in it shows at once and not after minutes."""
-    # bitsandbytes advises to install a package that fetches code from the hub; its advice is not ours.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         from edge_runtime.train import data
 

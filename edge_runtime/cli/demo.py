@@ -24,7 +24,7 @@ from edge_runtime.wire.topics import valid_name
 DEVICES = ("pi:800M:stdlib-docs:text", "nano:890M:stdlib-docs:networking", "laptop:2400M:stdlib-docs:numbers")
 """Unlike in memory, and so in plan; unlike in data, so that they have something to tell each other."""
 
-SHORT = ("training.max_steps=16", "training.personal_steps=12", "device.eval_examples=16")
+SHORT = ("training.max_steps=12", "training.personal_steps=10", "device.eval_examples=16")
 """So that three devices on two cores are done within minutes; `--set` overrides them."""
 
 KEPT_FOR_RESUME = ("broker", "server", "devices", "logs")

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from profiles.catalogue import device as known_device
 from rich.console import Console
 from rich.table import Table
 
@@ -17,6 +16,7 @@ from edge_runtime.config import Config
 from profiles import device as devices
 from profiles import plan as plans
 from profiles.card import ModelCard, card_from_config
+from profiles.catalogue import device as known_device
 from profiles.device import DeviceProfile, Row
 from profiles.plan import Plan
 from profiles.probe import probe

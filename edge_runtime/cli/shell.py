@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from random import Random
@@ -44,6 +46,26 @@ def stop_on_signals() -> Callable[[], bool]:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask)
     return asked.is_set
+
+
+@contextmanager
+def _interruptible(stop: Callable[[], bool]) -> Iterator[None]:
+    """Within it a signal ends the wait at once, for nothing is under way yet that would have to end in order."""
+    before = {
+        number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        if stop():
+            raise KeyboardInterrupt
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def no_advice() -> None:
+    """bitsandbytes advises to install a package that fetches code from the hub; its advice is not ours."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def logger(who: str, *, as_json: bool, stream: IO[str] = sys.stderr) -> Callable[[str], None]:
@@ -116,16 +138,39 @@ def address_of(broker: Broker) -> BrokerAddress:
     )
 
 
-def connect(config: Config, client_id: str, say: Callable[[str], None], will: Will | None = None) -> Transport:
-    """Connect to the fleet's broker; goes on trying, and says so."""
+def check_names(config: Config) -> None:
+    """Look up the method and the codecs before anything is started, prepared or waited for.
+
+    Raises:
+        ConfigError: no such method, or a parameter that it does not take.
+        UnknownCodecError: no such codec.
+    """
+    from edge_runtime.wire import codec
+    from server import aggregators
+
+    aggregators.build(config.aggregator.method, **(config.aggregator.model_extra or {}))
+    for name in (config.wire.codec_up, config.wire.codec_down):
+        codec.codec(name)
+
+
+def connect(
+    config: Config, client_id: str, say: Callable[[str], None], stop: Callable[[], bool], will: Will | None = None
+) -> Transport:
+    """Connect to the fleet's broker; goes on trying, and says so.
+
+    Raises:
+        BrokerError: there is none within `broker.patience`, or it refuses us.
+        KeyboardInterrupt: asked to stop.
+    """
     from edge_runtime.wire import mqtt
 
-    return mqtt.connect(
-        address_of(config.broker),
-        client_id,
-        on_event=say,
-        # Jitter only has to differ between devices; it is no secret and no experiment depends on it.
-        random=Random(client_id),  # noqa: S311
-        will=will,
-        patience=config.broker.patience,
-    )
+    with _interruptible(stop):
+        return mqtt.connect(
+            address_of(config.broker),
+            client_id,
+            on_event=say,
+            # Jitter only has to differ between devices; it is no secret and no experiment depends on it.
+            random=Random(client_id),  # noqa: S311
+            will=will,
+            patience=config.broker.patience,
+        )

@@ -6,6 +6,7 @@ import gc
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import sys
 from collections.abc import Callable, Sequence
@@ -106,9 +107,13 @@ class LocalTrainer:
 
     @property
     def peak_bytes(self) -> int:
-        """Peak resident memory of this process."""
+        """Peak memory of this process that is its own: resident at the peak, less pages that files back.
+
+        Those are shared with other processes and given back under pressure, so no limit kills for them. Where the
+        kernel does not tell them apart, all of it.
+        """
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return peak if sys.platform == "darwin" else peak * 1024 - _file_backed()
 
     def introduce(self, spec: AdapterSpec) -> Introduction:
         """Probe, plan, load the base and attach an adapter of zero product.
@@ -223,6 +228,16 @@ class LocalTrainer:
     def personal(self) -> Adapter:
         """All that the live model holds now, the trained slice included: this device's own adapter."""
         return get(self.ready.spec.family).read_all(self.ready.live)
+
+
+def _file_backed() -> int:
+    """Bytes of this process that files back now; 0 where the kernel does not say."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    found = re.search(r"^RssFile:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
 
 
 def _slot(chosen: Plan, card: ModelCard, spec: AdapterSpec) -> Slot:
