@@ -38,7 +38,7 @@ def run(
     trainer = _trainer(config, say, stop)
     state = DeviceState(device.state_dir)
     fleet = config.fleet.name
-    transport = shell.connect(config, f"edge-{fleet}-{name}", say, will(fleet, name))
+    transport = shell.connect(config, f"edge-{fleet}-{name}", say, stop, will(fleet, name))
     try:
         client = Client(
             Identity(fleet, name, config.wire.chunk_bytes),
@@ -72,13 +72,14 @@ def _configure(
 
 
 def _trainer(config: Config, say: Callable[[str], None], stop: Callable[[], bool]) -> LocalTrainer:
-    """The real trainer; the data is read first, so that a mistake in it shows at once and not after minutes."""
+    """The real trainer; data and base are looked up first, so that a mistake shows at once and not after minutes."""
     try:
-        from edge_runtime.train import data
+        from edge_runtime.train import data, source
 
         device = config.device
         examples = data.load_examples(device.data, limit=device.max_examples)
         data.split(examples, fraction=device.eval_fraction)
+        source.resolve(device.base)
         from edge_runtime.train.local import LocalSettings, LocalTrainer
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "torch", "client") from error

@@ -17,7 +17,7 @@ from edge_runtime.config import Config
 from edge_runtime.demo import plot, report, table
 from edge_runtime.demo.board import bytes_as_fp32
 from edge_runtime.demo.story import DemoDevice, Ending, Story, play
-from edge_runtime.errors import ConfigError
+from edge_runtime.errors import ConfigError, unknown_name
 from edge_runtime.wire import broker as embedded
 from edge_runtime.wire.topics import valid_name
 
@@ -39,6 +39,8 @@ def run(
     if len({device.name for device in fleet}) != len(fleet):
         raise ConfigError(f"devices need different names; found {', '.join(device.name for device in fleet)}")
     config = _config(rounds, fleet, base, method, file, overrides)
+    shell.check_names(config)
+    _check_broker(broker)
     console = Console(highlight=False)
     stop = shell.stop_on_signals()
     _clear(out, config, console)
@@ -47,7 +49,7 @@ def run(
         console.print(f"[bold]edge-runtime demo[/bold]: {len(fleet)} devices, {rounds} rounds, method {method}, "
                       f"broker {config.broker.host}:{config.broker.port}, everything in {out}/")  # fmt: skip
         story = Story(config, fleet, base, out)
-        ending = play(story, lambda name: shell.connect(config, name, console.print), console, stop)
+        ending = play(story, lambda name: shell.connect(config, name, console.print, stop), console, stop)
     return _tell(ending, story, console)
 
 
@@ -83,6 +85,12 @@ def _clear(out: Path, config: Config, console: Console) -> None:
     mark.write_text(wanted, encoding="utf-8")
 
 
+def _check_broker(broker: str) -> None:
+    """A bare name is no host here: it is more likely a broker's name, misspelt, and would be looked for in vain."""
+    if broker not in embedded.BROKERS and ":" not in broker:
+        raise ConfigError(unknown_name("broker", broker, [*embedded.BROKERS, "HOST:PORT"]))
+
+
 def _with_running_broker(config: Config, broker: str, out: Path, stack: ExitStack) -> Config:
     if broker not in embedded.BROKERS:
         return shell.with_broker(config, broker)
@@ -104,7 +112,8 @@ def _tell(ending: Ending, story: Story, console: Console) -> int:
             f"moved {figures['bytes_ratio']:.0%} of what fp32 adapters would take; truncation error by round: {errors}"
         )
         _draw(ending, story, metrics, figures["seconds"])
-    shutil.copyfile(metrics, story.out / "metrics.jsonl")
+    if metrics.exists():  # not if the server failed before anything happened
+        shutil.copyfile(metrics, story.out / "metrics.jsonl")
     (story.out / "result.json").write_text(json.dumps(outcome, indent=2), encoding="utf-8")
     for failure in ending.failures:
         console.print(f"[red]{failure}[/red] (log in {story.out}/logs/)")

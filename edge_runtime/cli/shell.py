@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import signal
 import sys
@@ -51,9 +50,7 @@ def stop_on_signals() -> Callable[[], bool]:
 @contextmanager
 def _interruptible(stop: Callable[[], bool]) -> Iterator[None]:
     """Within it a signal ends the wait at once, for nothing is under way yet that would have to end in order."""
-    before = {
-        number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if stop():
             raise KeyboardInterrupt
@@ -61,11 +58,6 @@ def _interruptible(stop: Callable[[], bool]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def no_advice() -> None:
-    """bitsandbytes advises to install a package that fetches code from the hub; its advice is not ours."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def logger(who: str, *, as_json: bool, stream: IO[str] = sys.stderr) -> Callable[[str], None]:

@@ -64,6 +64,10 @@ def impose(name: str, limit: int, root: Path = ROOT) -> Limit:
             continue
         try:
             group.mkdir()
+        except OSError as error:
+            causes.append(f"{kind}: {error}")
+            continue
+        try:
             (group / memory).write_text(str(limit))
             if (group / swap).exists():
                 # Without this a device would swap where a real one dies.
@@ -71,8 +75,7 @@ def impose(name: str, limit: int, root: Path = ROOT) -> Limit:
             found = int((group / memory).read_text())
         except (OSError, ValueError) as error:
             causes.append(f"{kind}: {error}")
-            if group.is_dir():
-                group.rmdir()
+            group.rmdir()
             continue
         return Limit(found, group, f"enforced by cgroup {kind}")
     return Limit(limit, None, f"declared only ({'; '.join(causes) or 'no memory cgroups here'})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def draw(board: Board, truncation: Sequence[tuple[int, float]], fp32_bytes: int,
 
 def _losses(axis: Any, board: Board) -> None:
     last = 0
-    for colour, row in zip(COLOURS, board.rows.values(), strict=False):
+    for colour, row in zip(cycle(COLOURS), board.rows.values(), strict=False):
         if not row.held_out:
             continue
         versions, values = zip(*row.held_out, strict=True)

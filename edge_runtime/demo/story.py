@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,7 +18,7 @@ from edge_runtime.demo import table
 from edge_runtime.demo.board import Board
 from edge_runtime.demo.limits import Limit, impose
 from edge_runtime.demo.processes import Child, end, spawn, verb
-from edge_runtime.errors import EdgeRuntimeError, WireError
+from edge_runtime.errors import BaseModelError, WireError
 from edge_runtime.wire import messages
 from edge_runtime.wire.transport import Transport
 
@@ -81,7 +82,7 @@ def play(story: Story, connect: Callable[[str], Transport], console: Console, st
         stop: whether a person asked for the end.
 
     Raises:
-        EdgeRuntimeError: the base could not be prepared.
+        BaseModelError: the base could not be prepared.
         KeyboardInterrupt: `stop()` said yes; the same story goes on from where it was.
     """
     started = time.monotonic()
@@ -93,7 +94,9 @@ def play(story: Story, connect: Callable[[str], Transport], console: Console, st
         stack.callback(onlooker.close)
         for pattern in boards.patterns(story.config.fleet.name):
             onlooker.subscribe(pattern)
-        limits = {device.name: impose(f"edge-runtime-{device.name}", device.memory) for device in story.devices}
+        limits = {
+            device.name: impose(f"edge-runtime-{os.getpid()}-{device.name}", device.memory) for device in story.devices
+        }
         children = _start(story, file, limits)
         stack.callback(end, children)
         board = _watch(children, onlooker, limits, console, stop)
@@ -111,7 +114,7 @@ def _prepare(story: Story, console: Console, stop: Callable[[], bool]) -> None:
             time.sleep(0.2)
     end([child])
     if child.process.returncode and not stop():
-        raise EdgeRuntimeError(f"the base model could not be prepared: {child.last_words(1)}")
+        raise BaseModelError(f"the base model could not be prepared: {child.last_words(1)}")
     console.print(f"[dim]{child.last_words(1)}[/dim]", highlight=False)
 
 

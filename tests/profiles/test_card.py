@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,7 @@ from profiles.card import FAMILIES, card_from_config
 from tests.profiles.cards import ALL, ATTENTION, smollm2, smollm2_config
 
 
-def test_smollm2_has_the_published_number_of_parameters():
+def test_smollm2_has_the_published_number_of_parameters() -> None:
     card = smollm2()
 
     assert card.parameters == 134_515_008
@@ -19,13 +20,13 @@ def test_smollm2_has_the_published_number_of_parameters():
     assert card.head_dim == 64
 
 
-def test_a_folder_gives_the_same_card_as_its_config(tmp_path):
+def test_a_folder_gives_the_same_card_as_its_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(smollm2_config()))
 
     assert card_from_config(tmp_path, "SmolLM2-135M") == smollm2()
 
 
-def test_names_and_shapes_are_those_of_the_live_modules():
+def test_names_and_shapes_are_those_of_the_live_modules() -> None:
     card = smollm2()
 
     assert card.layer_name(3, "q_proj") == "model.layers.3.self_attn.q_proj"
@@ -36,19 +37,19 @@ def test_names_and_shapes_are_those_of_the_live_modules():
 
 @pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers", "vocab_size"])
 @pytest.mark.parametrize("value", [None, 0, "many", True])
-def test_a_field_that_is_missing_or_no_number_is_named(field, value):
+def test_a_field_that_is_missing_or_no_number_is_named(field: str, value: object) -> None:
     config = {**smollm2_config(), field: value}
 
     with pytest.raises(BaseModelError, match=field):
         card_from_config(config)
 
 
-def test_an_unsupported_type_lists_the_supported_ones():
+def test_an_unsupported_type_lists_the_supported_ones() -> None:
     with pytest.raises(BaseModelError, match=r"'gpt2'.*gemma.*llama.*qwen3"):
         card_from_config({**smollm2_config(), "model_type": "gpt2"})
 
 
-def test_a_folder_without_config_and_a_broken_one_are_told_apart(tmp_path):
+def test_a_folder_without_config_and_a_broken_one_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(UnknownBaseError, match=r"config\.json"):
         card_from_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
@@ -60,7 +61,7 @@ def test_a_folder_without_config_and_a_broken_one_are_told_apart(tmp_path):
 
 
 @pytest.mark.parametrize(("index", "module"), [(30, "q_proj"), (-1, "q_proj"), (0, "lm_head")])
-def test_a_layer_or_module_that_does_not_exist_is_refused(index, module):
+def test_a_layer_or_module_that_does_not_exist_is_refused(index: int, module: str) -> None:
     with pytest.raises(BaseModelError):
         smollm2().layer_name(index, module)
 
@@ -68,7 +69,7 @@ def test_a_layer_or_module_that_does_not_exist_is_refused(index, module):
 @pytest.mark.torch
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 @pytest.mark.parametrize("extra", [{}, {"attention_bias": True}, {"mlp_bias": True}, {"tie_word_embeddings": True}])
-def test_names_shapes_and_counts_equal_those_of_a_real_model(model_type, extra):
+def test_names_shapes_and_counts_equal_those_of_a_real_model(model_type: str, extra: dict[str, bool]) -> None:
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     sizes = {

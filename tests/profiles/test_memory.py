@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -43,14 +44,14 @@ MEASURED = [
 
 
 @pytest.mark.parametrize(("setting", "measured"), MEASURED)
-def test_predictions_stay_close_to_measured_peaks_and_hardly_below(setting, measured):
+def test_predictions_stay_close_to_measured_peaks_and_hardly_below(setting: Setting, measured: int) -> None:
     predicted = estimate(smollm2(), setting).total / MIB
 
     assert 0.95 * measured <= predicted <= 1.25 * measured
 
 
 @given(setting=SETTINGS)
-def test_the_total_is_the_sum_of_parts_and_none_is_negative(setting):
+def test_the_total_is_the_sum_of_parts_and_none_is_negative(setting: Setting) -> None:
     found = estimate(smollm2(), setting)
 
     assert found.total == sum(found.parts.values())
@@ -62,14 +63,14 @@ def test_the_total_is_the_sum_of_parts_and_none_is_negative(setting):
     raised=st.sampled_from(["rank", "held", "layers_trained", "micro_batch", "max_length"]),
     pool=st.sampled_from(["host", "gpu", "shared"]),
 )
-def test_more_of_anything_never_needs_less(setting, raised, pool):
+def test_more_of_anything_never_needs_less(setting: Setting, raised: str, pool: str) -> None:
     more = replace(setting, **{raised: getattr(setting, raised) + 1, "held": setting.held + 1})
 
     assert estimate(smollm2(), more, pool).total >= estimate(smollm2(), setting, pool).total
 
 
 @given(setting=SETTINGS)
-def test_untrained_layers_keep_no_activations(setting):
+def test_untrained_layers_keep_no_activations(setting: Setting) -> None:
     card = smollm2()
     open_setting = replace(setting, gradient_checkpointing=False)
     deeper = replace(card, num_layers=card.num_layers + 5)
@@ -77,7 +78,7 @@ def test_untrained_layers_keep_no_activations(setting):
     assert estimate(card, open_setting).activations == estimate(deeper, open_setting).activations
 
 
-def test_the_bytes_of_a_token_are_those_that_autograd_saves():
+def test_the_bytes_of_a_token_are_those_that_autograd_saves() -> None:
     """28,084 and 38,933 (all modules) in bf16, 35,261 in fp32 were counted by saved-tensor hooks."""
     setting = Setting(ATTENTION, 8, 8, 30, max_length=128)
 
@@ -87,19 +88,17 @@ def test_the_bytes_of_a_token_are_those_that_autograd_saves():
     assert 35_261 <= saved_bytes_per_token(smollm2(), fp32) <= 1.1 * 35_261
 
 
-def test_four_bit_weights_take_what_they_take_on_disk():
+def test_four_bit_weights_take_what_they_take_on_disk() -> None:
     """The pre-quantised SmolLM2-135M is a file of 111,879,761 bytes: 4-bit weights and a bf16 embedding."""
     found = estimate(smollm2(), Setting(ATTENTION, 8, 8, 30))
 
     assert found.base_weights + found.embeddings == pytest.approx(111_879_761, rel=0.01)
 
 
-def test_chunked_logits_do_not_grow_with_the_batch():
+def test_chunked_logits_do_not_grow_with_the_batch() -> None:
     small, large = Setting(ATTENTION, 8, 8, 30), Setting(ATTENTION, 8, 8, 30, micro_batch=8)
 
-    assert estimate(smollm2(), small).logits == estimate(smollm2(), large).logits
-    whole = replace(large, logits_chunk=0)
-    assert estimate(smollm2(), whole).logits >= 8 * 256 * 49152 * 4
+    assert estimate(smollm2(), small).logits == estimate(smollm2(), large).logits < 8 * 256 * 49152 * 4
 
 
 @pytest.mark.parametrize(
@@ -111,15 +110,14 @@ def test_chunked_logits_do_not_grow_with_the_batch():
         {"held": 4},
         {"micro_batch": 0},
         {"layers_trained": 0},
-        {"logits_chunk": -1},
     ],
 )
-def test_a_setting_that_cannot_be_is_refused(change):
+def test_a_setting_that_cannot_be_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         replace(Setting(ATTENTION, 8, 8, 30), **change)
 
 
-def test_unknown_pools_layers_and_modules_are_refused():
+def test_unknown_pools_layers_and_modules_are_refused() -> None:
     with pytest.raises(ConfigError, match="host"):
         estimate(smollm2(), Setting(ATTENTION, 8, 8, 30), "cloud")
     with pytest.raises(ConfigError, match="30 layers"):
@@ -128,7 +126,7 @@ def test_unknown_pools_layers_and_modules_are_refused():
         estimate(smollm2(), Setting(("c_attn",), 8, 8, 30))
 
 
-def test_a_description_names_the_largest_part_first():
+def test_a_description_names_the_largest_part_first() -> None:
     text = estimate(smollm2(), Setting(ATTENTION, 8, 8, 30)).describe(2)
 
     assert text.startswith("runtime 433 MiB, ")

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +21,7 @@ def bearable(bound: int) -> int:
     return bound - max(int(bound * RESERVE_SHARE), RESERVE_LEAST)
 
 
-def test_every_field_of_this_machine_has_a_reason_or_a_cause():
+def test_every_field_of_this_machine_has_a_reason_or_a_cause() -> None:
     profile = probe(measure=False)
 
     assert set(profile.reasons) | set(profile.unreadable) == set(UNITS)
@@ -29,20 +30,20 @@ def test_every_field_of_this_machine_has_a_reason_or_a_cause():
     assert len(rows(profile)) == len(UNITS)
 
 
-def test_a_profile_survives_json():
+def test_a_profile_survives_json() -> None:
     profile = replace(probe(measure=False), gpus=(Gpu("Orin", 8 * 2**30, 5 * 2**30, "8.7", unified=True),))
 
     assert DeviceProfile.from_json(json.loads(json.dumps(profile.to_json()))) == profile
 
 
-def test_an_empty_machine_is_described_by_what_could_not_be_read(tmp_path):
+def test_an_empty_machine_is_described_by_what_could_not_be_read(tmp_path: Path) -> None:
     profile = probe(measure=False, root=tmp_path, disk=tmp_path / "nowhere")
 
     assert "disk_free_bytes" in profile.unreadable
     assert profile.disk_free_bytes == 0
 
 
-def test_a_malformed_file_costs_its_fields_and_no_others(tmp_path):
+def test_a_malformed_file_costs_its_fields_and_no_others(tmp_path: Path) -> None:
     root = machine(version_2(tmp_path, "/a"))
     write(root, {"sys/fs/cgroup/a/memory.max": "plenty"})
 
@@ -52,7 +53,7 @@ def test_a_malformed_file_costs_its_fields_and_no_others(tmp_path):
     assert profile.memory_total_bytes == 4000 * MIB
 
 
-def test_the_processor_is_read_from_proc(tmp_path):
+def test_the_processor_is_read_from_proc(tmp_path: Path) -> None:
     profile = probe(measure=False, root=machine(tmp_path), disk=tmp_path)
 
     assert (profile.cpu_model, profile.physical_cores) == ("Test CPU", 2)
@@ -61,7 +62,7 @@ def test_the_processor_is_read_from_proc(tmp_path):
     assert profile.swap_bytes == 512 * MIB
 
 
-def test_without_limits_what_is_available_and_already_ours_is_bearable(tmp_path):
+def test_without_limits_what_is_available_and_already_ours_is_bearable(tmp_path: Path) -> None:
     root = machine(tmp_path, total_mib=4000, available_mib=3000, own_mib=100)
 
     profile = probe(measure=False, root=root, disk=tmp_path)
@@ -70,7 +71,7 @@ def test_without_limits_what_is_available_and_already_ours_is_bearable(tmp_path)
     assert profile.memory_bearable_bytes == bearable(3100 * MIB)
 
 
-def test_what_this_process_already_uses_of_its_group_is_not_lost_for_training(tmp_path):
+def test_what_this_process_already_uses_of_its_group_is_not_lost_for_training(tmp_path: Path) -> None:
     root = machine(version_2(tmp_path, "/client"), own_mib=300)
     write(
         root,
@@ -88,7 +89,7 @@ def test_what_this_process_already_uses_of_its_group_is_not_lost_for_training(tm
     assert profile.memory_bearable_bytes == bearable(850 * MIB)
 
 
-def test_a_wider_group_that_others_fill_can_bear_less_than_the_tightest_limit(tmp_path):
+def test_a_wider_group_that_others_fill_can_bear_less_than_the_tightest_limit(tmp_path: Path) -> None:
     root = machine(version_1(tmp_path, "/slice/client"), own_mib=0)
     memory = "sys/fs/cgroup/memory/slice/"
     write(
@@ -108,7 +109,7 @@ def test_a_wider_group_that_others_fill_can_bear_less_than_the_tightest_limit(tm
 
 
 @pytest.mark.parametrize(("declared", "expected"), [(600, 600), (1200, 900)])
-def test_a_declared_limit_counts_unless_a_group_is_tighter(tmp_path, declared, expected):
+def test_a_declared_limit_counts_unless_a_group_is_tighter(tmp_path: Path, declared: int, expected: int) -> None:
     root = machine(version_2(tmp_path, "/client"))
     write(root, {"sys/fs/cgroup/client/memory.max": str(900 * MIB)})
 
@@ -118,7 +119,7 @@ def test_a_declared_limit_counts_unless_a_group_is_tighter(tmp_path, declared, e
     assert profile.memory_bearable_bytes == bearable(expected * MIB)
 
 
-def test_a_cpu_quota_limits_the_usable_cores(tmp_path):
+def test_a_cpu_quota_limits_the_usable_cores(tmp_path: Path) -> None:
     root = machine(version_2(tmp_path, "/client"))
     write(root, {"sys/fs/cgroup/client/cpu.max": "50000 100000"})
 
@@ -128,7 +129,7 @@ def test_a_cpu_quota_limits_the_usable_cores(tmp_path):
     assert "0.50 cores" in profile.reasons["usable_cores"]
 
 
-def test_refreshing_reads_memory_again_and_keeps_what_was_measured(tmp_path):
+def test_refreshing_reads_memory_again_and_keeps_what_was_measured(tmp_path: Path) -> None:
     before = replace(probe(measure=False, root=machine(tmp_path, available_mib=3000), disk=tmp_path), four_bit=False)
 
     after = refresh(before, root=machine(tmp_path, available_mib=1000), disk=tmp_path)
@@ -139,7 +140,7 @@ def test_refreshing_reads_memory_again_and_keeps_what_was_measured(tmp_path):
     assert after.cpu_model == before.cpu_model
 
 
-def test_without_torch_the_profile_says_so(monkeypatch):
+def test_without_torch_the_profile_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
 
     profile = probe()
@@ -150,7 +151,7 @@ def test_without_torch_the_profile_says_so(monkeypatch):
 
 
 @pytest.mark.torch
-def test_what_only_a_run_can_tell_is_measured():
+def test_what_only_a_run_can_tell_is_measured() -> None:
     pytest.importorskip("torch")
 
     profile = probe()
@@ -162,7 +163,7 @@ def test_what_only_a_run_can_tell_is_measured():
 
 
 @pytest.mark.torch
-def test_measuring_leaves_the_number_of_threads_alone():
+def test_measuring_leaves_the_number_of_threads_alone() -> None:
     torch = pytest.importorskip("torch")
     before = torch.get_num_threads()
 
@@ -173,7 +174,7 @@ def test_measuring_leaves_the_number_of_threads_alone():
 
 @pytest.mark.torch
 @pytest.mark.skipif(os.uname().machine not in ("x86_64", "aarch64"), reason="bitsandbytes has no wheel elsewhere")
-def test_a_4_bit_layer_trains_and_is_not_exact():
+def test_a_4_bit_layer_trains_and_is_not_exact() -> None:
     pytest.importorskip("bitsandbytes")
 
     profile = probe()

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
+from edge_runtime.errors import RoundError
 from edge_runtime.lora.adapter import Adapter, LayerSlot, Matrix, Pair, Slot
 from edge_runtime.lora.algebra import change, cut
 from edge_runtime.trainer import AdapterSpec, Introduction, LocalResult, StepReport, Training
 
 SHAPES: Mapping[str, tuple[int, int]] = {
-    f"model.layers.{index}.self_attn.{module}": (12, 16) for index in range(2) for module in ("q_proj", "v_proj")
+    f"model.layers.{index}.self_attn.{module}": shape
+    for index, module, shape in ((0, "q_proj", (12, 16)), (1, "v_proj", (10, 16)))
 }
 BASE = "b" * 64
 Targets = Mapping[str, Matrix]
@@ -119,7 +121,10 @@ class ToyTrainer:
                 a, b = self._trained[name].a, self._trained[name].b
                 down_a, down_b = training.learning_rate * (b.T @ error), training.learning_rate * (error @ a.T)
                 self._trained[name] = Pair((a - down_a).astype(np.float32), (b - down_b).astype(np.float32))
-            on_step(StepReport(step + 1, training.max_steps, self.evaluate()))
+            loss = self.evaluate()
+            if not np.isfinite(loss):
+                raise RoundError(f"the loss of step {step + 1} is {loss}; lower the learning rate")
+            on_step(StepReport(step + 1, training.max_steps, loss))
         moved = Adapter({name: change(self._trained[name], pair) for name, pair in before.items()})
         return LocalResult(moved, self.examples, first, self.evaluate())
 

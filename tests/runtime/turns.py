@@ -8,7 +8,7 @@ killed before any one of its operations.
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +32,9 @@ from tests.runtime.toy import ToyTrainer
 PATIENCE = 30.0
 """Seconds of real time after which a turn that does not end is an error instead of a hanging test."""
 
+UPLOAD_CHUNK = 400
+"""Bytes: several chunks for each update of a toy."""
+
 READS = {"receive", "flush", "rounds", "version", "blob", "offer_of", "chunks", "updates", "fact", "band"}
 """Operations that leave no trace: a kill before one of them is a kill before the next that does."""
 
@@ -42,19 +45,21 @@ class Killed(BaseException):
 
 @dataclass
 class Fuse:
-    """Counts a participant's operations, and kills it before the one of that number.
+    """Counts a participant's operations, and kills it before one of them.
 
     Attributes:
         at: number of the fatal operation, from 1; None for a long life.
+        before: name of a fatal operation; empty for none.
         seen: the operations so far.
     """
 
     at: int | None = None
+    before: str = ""
     seen: list[str] = field(default_factory=list)
 
     def burn(self, operation: str) -> None:
         """Count an operation that is about to happen."""
-        if self.at is not None and len(self.seen) + 1 >= self.at:
+        if operation == self.before or (self.at is not None and len(self.seen) + 1 >= self.at):
             raise Killed(operation)
         self.seen.append(operation)
 
@@ -94,6 +99,30 @@ class Guarded:
             delivery.ack()
 
         return Delivery(delivery.topic, delivery.payload, delivery.retained, ack)
+
+
+class Stutter:
+    """A transport that delivers every few messages a second time, in their order, as MQTT may after a reconnect."""
+
+    def __init__(self, transport: MemoryTransport, every: int) -> None:
+        self._transport, self._every = transport, every
+        self._recent: list[Delivery] = []
+        self._again: deque[Delivery] = deque()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def receive(self, timeout: float) -> Delivery | None:
+        """The next delivery, new or again."""
+        if self._again:
+            return self._again.popleft()
+        delivery = self._transport.receive(timeout)
+        if delivery is not None:
+            self._recent.append(delivery)
+        if len(self._recent) == self._every:
+            self._again.extend(self._recent)
+            self._recent.clear()
+        return delivery
 
 
 class Seat:
@@ -177,6 +206,7 @@ class Fleet:
         fuses: participant ("server" or a device) → numbers of its fatal operations, one for each of its lives.
         broker: another fleet's, where that matters.
         absent: devices that join later, by `join`.
+        stutter: deliver so many messages a second time, again and again; 0 for never.
     """
 
     def __init__(
@@ -188,6 +218,7 @@ class Fleet:
         fuses: Mapping[str, list[int]] | None = None,
         broker: MemoryBroker | None = None,
         absent: tuple[str, ...] = (),
+        stutter: int = 0,
     ) -> None:
         self.folder, self.config, self.broker, self.clock = folder, settings, broker or MemoryBroker(), Clock()
         self.notes: list[str] = []
@@ -199,7 +230,7 @@ class Fleet:
         self.kills: list[str] = []
         self.with_will = True
         self.state: rounds.State | None = None
-        self._makers = devices
+        self._makers, self._stutter = devices, stutter
         self._fuses = {name: list(numbers) for name, numbers in (fuses or {}).items()}
         self.seats: dict[str, Seat] = {}
         for name in ("server", *devices):
@@ -285,7 +316,7 @@ class Fleet:
         try:
             service = Service(
                 self.config,
-                guarded(transport, seat.fuse),
+                self._heard(transport, seat),
                 guarded(store, seat.fuse),
                 say=self.notes.append,
                 record=self.records.append,
@@ -294,7 +325,7 @@ class Fleet:
             service.run(lambda: self._look(service) or seat.stop(), poll=0.0)
         finally:
             self._look(service)
-            transport.drop(with_will=self.with_will)
+            transport.close()
             store.close()
 
     def _look(self, service: Service | None) -> bool:
@@ -309,8 +340,8 @@ class Fleet:
         disk = DeviceState(self.folder / name)
         try:
             client = Client(
-                Identity(self.config.fleet.name, name, self.config.wire.chunk_bytes),
-                transport=guarded(transport, seat.fuse),
+                Identity(self.config.fleet.name, name, chunk_bytes=UPLOAD_CHUNK),
+                transport=self._heard(transport, seat),
                 state=guarded(disk, seat.fuse),
                 trainer=guarded(trainer, seat.fuse),
                 deliver=lambda: self._deliver(name),
@@ -322,8 +353,12 @@ class Fleet:
             transport.drop(with_will=self.with_will)
             raise
         finally:
-            transport.drop(with_will=False)
+            transport.close()
             disk.close()
+
+    def _heard(self, transport: MemoryTransport, seat: Seat) -> MemoryTransport:
+        stuttering = cast("MemoryTransport", Stutter(transport, self._stutter)) if self._stutter else transport
+        return guarded(stuttering, seat.fuse)
 
     def _deliver(self, name: str) -> Delivered:
         self.delivered[name] += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import signal
@@ -20,6 +19,8 @@ from edge_runtime.wire import blobs
 from edge_runtime.wire.messages import Band
 from server.store import Store, StoredVersion
 from tests.runtime.said import offer
+
+PROJECT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -127,7 +128,7 @@ def test_a_process_killed_at_any_moment_leaves_a_store_from_which_the_next_goes_
     folder, draw = tmp_path / "store", random.Random(0)
     for _ in range(4):
         process = subprocess.Popen(
-            [sys.executable, "-c", CRASHER, str(folder)], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
+            [sys.executable, "-c", CRASHER, str(folder)], stdout=subprocess.PIPE, text=True, cwd=PROJECT
         )
         with process:
             assert process.stdout is not None

@@ -59,7 +59,7 @@ def random_adapter(slot: Slot, seed: int = 0, size: float = 0.3) -> Adapter:
 
 
 def examples(count: int, seed: int = 0, longest: int = 24) -> tuple[Tokenised, ...]:
-    """Prompts and completions of unequal length; each completion repeats its prompt's last token, so it can be learned."""
+    """Prompts and completions of unequal length; each completion repeats its prompt's last token."""
     draw = np.random.default_rng(seed)
     made = []
     for _ in range(count):

@@ -28,7 +28,7 @@ def test_the_tag_of_a_message_is_its_name() -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @laws
 @given(st.data())
-def test_what_is_dumped_is_loaded_again(kind: type[Any], data: st.DataObject) -> None:
+def test_what_is_dumped_is_loaded_again(kind: type[Message], data: st.DataObject) -> None:
     message = data.draw(models(kind))
 
     assert load(dump(message)) == message

@@ -1,0 +1,192 @@
+"""The device's shell when messages are lost, processes restart, and its own work fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_runtime.client import REPEAT_SECONDS
+from edge_runtime.errors import (
+    DataError,
+    EdgeRuntimeError,
+    ExportError,
+    FingerprintMismatchError,
+    PlanError,
+    RejectedError,
+    WireError,
+)
+from edge_runtime.wire import topics
+from edge_runtime.wire.messages import (
+    Accepted,
+    Hello,
+    Message,
+    Need,
+    Offer,
+    Presence,
+    Rejected,
+    Report,
+    dump,
+    load,
+)
+from tests.runtime.desk import FLEET, NAME, WELCOME, Desk, adapter, of, offered
+from tests.runtime.said import directive
+from tests.runtime.toy import SHAPES
+
+# ── again ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def hear_nothing(desk: Desk, seconds: float) -> list[Message]:
+    """What the device says while that time passes and nothing arrives."""
+    turns = iter([0.0, seconds, 0.0])
+
+    def stop() -> bool:
+        desk.clock.now += (passed := next(turns, -1.0)) * (passed > 0)
+        return passed < 0
+
+    desk.client.run(stop, poll=0.0)
+    return of(Hello, said := desk.heard()) + of(Offer, said)
+
+
+def test_what_is_not_answered_is_said_again_after_a_while(desk: Desk) -> None:
+    [hello] = of(Hello, desk.tell(directive("gather", 0)))
+    desk.broker.restart(forget=True)  # the welcome is lost, and so is the directive
+    desk.work()
+    assert hear_nothing(desk, REPEAT_SECONDS + 1) == [hello]
+    assert hear_nothing(desk, REPEAT_SECONDS / 2) == []
+    assert hear_nothing(desk, REPEAT_SECONDS) == [hello]
+
+
+def test_an_offer_is_said_again_until_it_is_answered(desk: Desk) -> None:
+    offer = offered(desk)
+    for _ in range(2):
+        desk.broker.restart(forget=True)
+        desk.work()
+        assert hear_nothing(desk, REPEAT_SECONDS + 1) == [offer]
+    desk.tell(Accepted(sha256=offer.blob.sha256, round=1))
+    assert hear_nothing(desk, 5 * REPEAT_SECONDS) == []
+
+
+def test_after_a_lost_link_it_says_that_it_is_there_and_what_is_unanswered(desk: Desk) -> None:
+    offer = offered(desk)
+    turns = iter(["listen", "lose", "listen"])
+
+    def stop() -> bool:
+        turn = next(turns, "stop")
+        if turn == "lose":
+            desk.transport.drop()
+            desk.transport.resume()
+        return turn == "stop"
+
+    desk.client.run(stop, poll=0.0)
+    said = [message for message in desk.heard() if isinstance(message, Presence | Offer)]
+    online, offline = (Presence(client=NAME, state=state) for state in ("online", "offline"))
+    assert said == [online, offline, online, offer, offline]
+
+
+def test_after_a_restart_the_update_is_offered_and_sent_as_it_was(desk: Desk) -> None:
+    offer = offered(desk)
+    kept = desk.disk.outbox
+    desk.restart()
+    desk.work()
+    assert of(Offer, desk.tell(WELCOME)) == [offer]
+    assert desk.trainer.rounds == [1], "trained once"
+    desk.tell(Need(sha256=offer.blob.sha256, ranges=((0, offer.blob.chunks),)))
+    assert kept is not None
+    assert b"".join(chunk for _, chunk in desk.uploads) == kept[1]
+
+
+def test_a_fleet_that_began_anew_makes_it_forget_the_former_life(desk: Desk) -> None:
+    offered(desk)
+    said = desk.tell(desk.publish(adapter(5), run="two"), WELCOME)
+    assert len(of(Hello, said)) == 1
+    assert desk.disk.run == "two"
+    [offer] = of(Offer, said)
+    assert desk.disk.outbox is not None
+    assert desk.disk.outbox[0] == offer
+    assert desk.trainer.rounds == [1, 1]
+    assert len(desk.trainer.specs) == 1, "the plan is as good as before"
+
+
+def test_another_kind_of_adapter_is_planned_for_anew(desk: Desk) -> None:
+    offer = offered(desk)
+    desk.tell(Accepted(sha256=offer.blob.sha256, round=1))
+    plain = directive().adapter.model_copy(update={"hold_more": False})
+    asked = desk.publish(adapter(2), round_number=2, adapter=plain)
+    [hello] = of(Hello, desk.tell(asked))
+    assert {(part.held, part.trained) for part in hello.groups} == {(2, 2)}
+    assert of(Offer, desk.tell(WELCOME))
+    assert all(pair.rank == 2 for pair in desk.trainer.live.values())
+
+
+# ── what goes wrong ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("code", "error"), [("fingerprint", FingerprintMismatchError), ("shape", RejectedError)])
+def test_a_device_that_the_fleet_cannot_use_ends_with_the_reason(
+    desk: Desk, code: Any, error: type[EdgeRuntimeError]
+) -> None:
+    desk.tell(directive("gather", 0))
+    with pytest.raises(error, match="the server refused this device: because"):
+        desk.tell(Rejected(code=code, reason="because"))
+    assert load(desk.broker.retained[topics.status(FLEET, NAME)]) == Presence(client=NAME, state="offline")
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail(*_args: Any, **_kwargs: Any) -> Any:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("work", "error"),
+    [
+        ("introduce", PlanError("12 MiB are missing")),
+        ("receive", DataError("an example is odd")),
+        ("train", WireError("a value is too large for the codec")),
+        ("evaluate", DataError("an example is odd")),
+    ],
+)
+def test_when_its_own_work_fails_the_server_is_told_and_the_device_ends(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, work: str, error: EdgeRuntimeError
+) -> None:
+    """Also when the failure is of a kind that bad messages have: it is not taken for one."""
+    monkeypatch.setattr(desk.trainer, work, raising(error))
+    with pytest.raises(type(error), match=str(error)):
+        desk.tell(desk.publish(adapter(1)), WELCOME)
+    said = desk.heard()
+    [failed] = [report for report in of(Report, said) if report.state == "failed"]
+    assert failed.detail == str(error)
+    assert said[-1] == Presence(client=NAME, state="offline")
+
+
+def test_an_update_that_the_codec_cannot_hold_is_a_failure_and_not_silence(desk: Desk) -> None:
+    desk.trainer.targets = {name: np.full(shape, 1e7, np.float32) for name, shape in SHAPES.items()}
+    once = directive().training.model_copy(update={"max_steps": 1})
+    with pytest.raises(WireError, match="fp16 holds values up to 65504"):
+        desk.tell(desk.publish(adapter(1), codec="fp16", training=once), WELCOME)
+
+
+def test_an_export_that_fails_is_told(desk: Desk) -> None:
+    desk.failure = ExportError("it does not agree with the live model")
+    with pytest.raises(ExportError, match="does not agree"):
+        desk.tell(desk.publish(adapter(1), "finish", 1, version=1))
+    assert of(Report, desk.heard())[-1].state == "failed"
+
+
+def test_nonsense_is_said_and_dropped(desk: Desk) -> None:
+    offer = offered(desk)
+    before = desk.disk.outbox
+    for topic in (topics.down(FLEET, NAME), topics.directive(FLEET)):
+        for payload in (b"{", b"\xff" * 10, b'{"type": "accepted"}', b" " * 200_000, dump(WELCOME)[:-1], b""):
+            desk.server.publish(topic, payload)
+    desk.server.publish(topics.down(FLEET, NAME), dump(offer))
+    desk.server.publish(topics.down(FLEET, NAME), dump(WELCOME).replace(b'"v":1', b'"v":9'))
+    desk.work()
+    assert desk.disk.outbox == before
+    assert len([note for note in desk.notes if note.startswith("dropped a message on")]) == 11
+    desk.tell(Accepted(sha256=offer.blob.sha256, round=1))
+    assert desk.disk.outbox is None
