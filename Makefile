@@ -24,6 +24,11 @@ FAST := not slow and not gpu and not story and not model
 TORCH_FREE := not slow and not gpu and not story and not model and not torch and not broker
 TORCH_FREE_TESTS := tests/test_house.py tests/lora tests/wire tests/server tests/profiles tests/runtime
 
+# The models of the tests are tiny: a second thread gains nothing, and on busy cores the threads wait for each other
+# (measured on two busy cores: tests/train/test_loop.py in 165 s with two threads, in 18 s with one).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+PYTEST310 := OMP_NUM_THREADS=1 $(VENV310)/bin/pytest
+
 # Of what pip says, the large downloads: they are what one waits for.
 LARGE := awk '/Downloading .*[0-9][0-9][0-9.]* [MG]B/ { print; fflush() }'
 PIP := -m pip install --disable-pip-version-check --constraint constraints.txt
@@ -50,14 +55,14 @@ lint: $(READY) ## the static half of `make check`
 	$(BIN)/lint-imports --no-logo
 
 fast: $(READY) ## the tests of `make check`
-	$(BIN)/pytest -q -m "$(FAST)"
+	$(PYTEST) -q -m "$(FAST)"
 
 test: $(READY) ## every test but the slow ones, then the torch-free rooms on Python 3.10
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 	@$(MAKE) --no-print-directory test-torch-free
 
 test-all: $(READY) ## `make test` with the slow tests
-	$(BIN)/pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 	@$(MAKE) --no-print-directory test-torch-free
 
 # A name on PATH is no proof (a pyenv shim may stand there and run nothing), so each candidate has to say its version.
@@ -67,13 +72,13 @@ test-torch-free: ## the rooms that need no torch, from the base install on Pytho
 	    $(MAKE) --no-print-directory $(READY310) PYTHON310="$$python"; exit; \
 	done; \
 	echo "SKIPPED the torch-free rooms on Python 3.10: no such interpreter found; set PYTHON310=/path/to/python3.10"
-	@test ! -e $(READY310) || $(VENV310)/bin/pytest -m "$(TORCH_FREE)" $(TORCH_FREE_TESTS)
+	@test ! -e $(READY310) || $(PYTEST310) -m "$(TORCH_FREE)" $(TORCH_FREE_TESTS)
 
 test-transformers5: $(READY_OVERLAY) ## the torch tests against transformers 5, laid over .venv
 	@PYTHONPATH=$(OVERLAY) $(BIN)/python -c 'import sys, transformers as found; \
 	    print("transformers", found.__version__, "from", found.__file__); \
 	    sys.exit(0 if found.__version__.startswith("5.") else "expected transformers 5 from $(OVERLAY); run: make clean")'
-	PYTHONPATH=$(OVERLAY) $(BIN)/pytest -m "not slow and not gpu" tests/train tests/export
+	PYTHONPATH=$(OVERLAY) $(PYTEST) -m "not slow and not gpu" tests/train tests/export
 
 clean: ## remove the environments, the overlay and every cache
 	rm -rf .venv .venv-* .overlay* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.metadata
 import inspect
+import itertools
 import json
 import re
 import subprocess
@@ -17,6 +18,11 @@ import pytest
 
 from edge_runtime import errors
 from server.aggregators import METHODS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("edge_runtime", "server", "profiles", "export")
@@ -31,6 +37,11 @@ atexit.register(lambda: print("LOADED", json.dumps(sorted({name.partition(".")[0
 def relative(paths: Iterable[Path]) -> list[str]:
     """Paths as a reader writes them."""
     return [path.relative_to(ROOT).as_posix() for path in paths]
+
+
+def normal(requirement: str) -> str:
+    """The name of a requirement, as package indexes compare names."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement, maxsplit=1)[0]).lower()
 
 
 def loaded_by(code: str) -> set[str]:
@@ -106,6 +117,17 @@ def test_a_method_names_its_source(name: str) -> None:
     described = sys.modules[METHODS[name].__module__].__doc__ or ""
 
     assert re.search(r"^Source: \S", described, re.MULTILINE)
+
+
+def test_every_declared_dependency_is_pinned() -> None:
+    """But for [simulate], which is no part of the tested set."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    declared = itertools.chain(project["dependencies"], *(extras[extra] for extra in extras.keys() - {"simulate"}))
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    pinned = {normal(name) for name in re.findall(r"^([\w.-]+)==", pins, re.MULTILINE)}
+
+    assert {normal(entry) for entry in declared} - pinned == {"edge-runtime"}
 
 
 def test_every_folder_of_tests_is_a_package() -> None:
