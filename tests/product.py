@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,24 @@ def until(met: Callable[[], object], what: str, patience: float = PATIENCE) -> N
         if time.monotonic() > deadline:
             raise AssertionError(f"{what}: not within {patience:.0f} s")
         time.sleep(0.02)
+
+
+@contextmanager
+def one_core(number: int | None = 0) -> Iterator[None]:
+    """Within it this thread, and the processes that it starts, have one processor core.
+
+    The probe measures how fast this machine multiplies. With one thread that is the same on a busy machine as on an
+    idle one; with several, each waits for the others, and verdicts and plans would be left to chance.
+    """
+    if number is None or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[number % len(cores)]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,12 +108,12 @@ class Launcher:
     environment: Mapping[str, str] = field(default_factory=dict)
     started: list[Running] = field(default_factory=list)
 
-    def start(self, *arguments: str) -> Running:
-        """Start a verb."""
+    def start(self, *arguments: str, core: int | None = None) -> Running:
+        """Start a verb, on any processor core or, where the system can, on the one of that number (modulo all)."""
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"{len(self.started):02}-{arguments[0] if arguments else 'nothing'}"
         out, err = self.folder / f"{name}.out", self.folder / f"{name}.err"
-        with out.open("wb") as stdout, err.open("wb") as stderr:
+        with out.open("wb") as stdout, err.open("wb") as stderr, one_core(core):
             process = subprocess.Popen(
                 [sys.executable, "-m", "edge_runtime.cli", *arguments],
                 cwd=self.folder,

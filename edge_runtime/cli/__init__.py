@@ -26,7 +26,10 @@ def run(argv: Sequence[str]) -> int:
     # Newer typers carry a click of their own, so its root of usage errors is reached through what typer exports.
     usage_error: type[Exception] = typer.BadParameter.__mro__[2]
     try:
-        result = app(list(argv) or ["--help"], standalone_mode=False, prog_name="edge-runtime")
+        # Not `app(...)`: typer would turn Ctrl-C into a bare exit code, and nobody would be told what is kept.
+        command = typer.main.get_command(app)
+        with command.make_context("edge-runtime", list(argv) or ["--help"]) as context:
+            result = command.invoke(context)
     except typer.Exit as end:
         return end.exit_code
     except EdgeRuntimeError as error:

@@ -152,7 +152,6 @@ def test_the_next_step_up_is_named_with_what_it_needs() -> None:
     assert re.search(rf"needs {better.predicted_peak_bytes / MIB:.0f} MiB of \d+ MiB", found.reasons["micro_batch"])
 
 
-
 def test_layers_make_the_slot_that_the_server_knows() -> None:
     found = planned(720 * MIB)
 

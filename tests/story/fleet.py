@@ -17,7 +17,7 @@ from profiles.plan import plan
 from profiles.probe import probe
 from server.aggregators.method import load_state
 from server.store import Store
-from tests.product import PATIENCE, Launcher, Running
+from tests.product import PATIENCE, Launcher, Running, one_core
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 SETTINGS = f"""
@@ -53,7 +53,9 @@ def write_examples(path: Path, seed: int, count: int = 12) -> Path:
 
 def memory_for(base: Path, *, layers: int, held: int) -> int:
     """The least memory (bytes) with which this machine plans to train so many layers and to hold so many directions."""
-    card, here = card_from_config(base), probe()
+    with one_core():
+        here = probe()
+    card = card_from_config(base)
 
     def planned(limit: int) -> tuple[int, int]:
         able = replace(here, memory_bearable_bytes=with_reserve(limit, "declared").value)
@@ -121,7 +123,7 @@ class Fleet:
     def start(self, name: str) -> Running:
         """Start the server or a device, for the first time or again: always with the same command."""
         if name == "server":
-            arguments = ["server", "--store", str(self.store)]
+            arguments, core = ["server", "--store", str(self.store)], None
         else:
             part = self.parts[name]
             memory = ["--memory-limit", str(part.memory)] if part.memory else []
@@ -129,7 +131,8 @@ class Fleet:
                 "client", "--name", name, "--data", str(part.data), "--base", str(part.base),
                 "--state-dir", str(self.state_dir(name)), *memory,
             ]  # fmt: skip
-        self.running[name] = self.processes.start(*arguments, "--config", str(self.file))
+            core = sorted(self.parts).index(name)
+        self.running[name] = self.processes.start(*arguments, "--config", str(self.file), core=core)
         return self.running[name]
 
     def state_dir(self, name: str) -> Path:
