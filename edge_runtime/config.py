@@ -158,11 +158,6 @@ class Config(Section):
     device: Device = Device()
     server: Server = Server()
 
-    @property
-    def server_rank(self) -> int:
-        """Rank of the global adapter."""
-        return self.aggregator.rank or 2 * self.adapter.max_rank
-
 
 def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a TOML file with `section.key=value` overrides applied.

@@ -20,6 +20,7 @@ from profiles.catalogue import device as known_device
 from profiles.device import DeviceProfile, Row
 from profiles.plan import Plan
 from profiles.probe import probe
+from server import aggregators
 
 RANKS = (2, 4, 8, 16, 32, 64)
 
@@ -51,12 +52,13 @@ def run(
 
 def _plan(profile: DeviceProfile, config: Config, base: str) -> Plan:
     adapter = config.adapter
+    method = aggregators.build(config.aggregator.method, **(config.aggregator.model_extra or {}))
     return plans.plan(
         profile,
         _card(base),
         target_modules=adapter.target_modules,
         rank_choices=tuple(rank for rank in RANKS if rank <= adapter.max_rank) or (adapter.max_rank,),
-        held_limit=config.server_rank,
+        held_limit=config.aggregator.rank or method.server_rank(adapter.max_rank),
         max_length=adapter.max_length,
         batch_size=config.training.batch_size,
         threads=config.device.threads,

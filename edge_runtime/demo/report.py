@@ -14,7 +14,7 @@ from edge_runtime.demo.story import Ending
 BITS: Mapping[str, int] = {"nf4": 4, "int8": 8, "bf16": 16, "fp16": 16, "fp32": 32}
 
 PLAN = ("rank", "held", "bits", "layers")
-"""What makes two plans different."""
+"""The figures of a device that make two plans different."""
 
 COMPARE: Mapping[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
 
@@ -41,15 +41,14 @@ def truncations(metrics: Path) -> list[tuple[int, float]]:
 
 def result(ending: Ending, metrics: Path) -> dict[str, Any]:
     """The RESULT object of the demo."""
-    devices = [_device(row) for name, row in ending.board.rows.items() if name in ending.limits]
+    # One that never said a word is a device of the demo, too.
+    devices = [_device(ending.board.rows.get(name, Row(name))) for name in sorted(ending.limits)]
     moved = sum(device["bytes_up"] + device["bytes_down"] for device in devices)
     fp32 = bytes_as_fp32(ending.board)
     figures: dict[str, Any] = {
         "seconds": round(ending.seconds, 1),
         "devices": devices,
-        "different_plans": len(
-            {(device["rank"], device["held"], device["bits"], device["layers"]) for device in devices}
-        ),
+        "different_plans": len({tuple(device[figure] for figure in PLAN) for device in devices}),
         "bytes_ratio": round(moved / fp32, 4) if fp32 else None,
         "smallest_fall_global": _smallest_fall(devices, "loss_global"),
         "smallest_fall_personal": _smallest_fall(devices, "loss_personal"),

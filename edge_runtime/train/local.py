@@ -126,6 +126,7 @@ class LocalTrainer:
         settings = self._settings
         if self._ready is not None and self._ready.spec == spec:
             return self._introduction(self._ready)
+        self.release()  # an earlier plan's model, if there is one, must not be in memory beside the new one
         profile = probe(memory_limit=settings.memory_limit)
         # The fleet's bases are 4-bit; a device that cannot compute with them learns so from its plan.
         prepared = prepare(settings.base, precision="nf4", cache=settings.cache, say=self._say)

@@ -248,13 +248,6 @@ def test_a_configuration_cannot_be_changed() -> None:
         config.training = load().training
 
 
-@pytest.mark.parametrize(("rank", "expected"), [(None, 12), (5, 5)])
-def test_the_global_rank_is_twice_the_largest_unless_it_is_given(rank: int | None, expected: int) -> None:
-    given_rank = [] if rank is None else [f"aggregator.rank={rank}"]
-
-    assert load(None, ["adapter.max_rank=6", *given_rank]).server_rank == expected
-
-
 def test_no_default_is_infinite_or_out_of_its_own_range() -> None:
     """Pydantic does not check defaults."""
     assert Config.model_validate(Config().model_dump()) == Config()

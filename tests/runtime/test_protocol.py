@@ -17,7 +17,7 @@ from edge_runtime.state import DeviceState
 from edge_runtime.trainer import Delivered
 from edge_runtime.wire import topics
 from edge_runtime.wire.memory import MemoryBroker
-from edge_runtime.wire.messages import Directive, Offer, dump, load
+from edge_runtime.wire.messages import Offer, load
 from server import aggregators
 from server.aggregators.method import load_state
 from server.service import Service
@@ -189,15 +189,6 @@ def test_a_fleet_begun_anew_makes_devices_forget_the_former_life(folder: Path) -
     check_undisturbed(fleet)
     for found in fleet.trainers.values():
         assert found[0].rounds[-2:] == [1, 2]
-
-
-def test_what_devices_must_hear_is_in_few_and_small_messages(folder: Path) -> None:
-    """The directive is retained once; a device that sleeps through a round hears nothing of it afterwards."""
-    fleet = fleet_in(folder, "few", *BRISK).run()
-    last = load(fleet.broker.retained[topics.directive("fleet")])
-    assert isinstance(last, Directive)
-    assert len(dump(last)) < 2000
-    assert {topic for topic in fleet.broker.retained if topic.endswith("/round")} == {topics.directive("fleet")}
 
 
 def test_nobody_else_may_speak_for_a_device(folder: Path) -> None:

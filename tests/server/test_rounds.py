@@ -210,7 +210,7 @@ def test_a_device_that_only_repeats_itself_does_not_hold_up_the_round() -> None:
     life = training("abc")
     deliver(life, "a")
     deliver(life, "b")
-    for said in (offer("c"), hello("c"), offer("c"), hello("x", base="c" * 64), offer("x"), report("x", "planned")):
+    for said in (offer("c"), report("x", "planned"), hello("c"), offer("x"), hello("x", base="c" * 64)):
         life.now += TIMEOUT / 4
         life.happen(Heard(said))
     assert life.phase == "merging"
@@ -302,6 +302,16 @@ def test_whoever_was_offline_when_the_round_began_takes_part_when_it_is_back() -
     assert life.phase == "train"
     life.happen(Stored(update))
     assert life.phase == "merging"
+
+
+def test_whoever_comes_back_during_a_round_that_asks_everybody_is_waited_for() -> None:
+    life = training("abc")
+    life.happen(PresenceChanged("c", online=False))
+    for client in "abc":
+        deliver(life, client)
+    life.merge_done()
+    life.happen(PresenceChanged("c", online=True))
+    assert life.asked == "abc"
 
 
 @pytest.mark.parametrize("fraction", [0.5, 1.0])

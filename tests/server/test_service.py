@@ -214,6 +214,19 @@ def test_a_new_store_begins_a_new_life_of_the_fleet(tmp_path: Path) -> None:
     assert runs[0] != runs[1]
 
 
+def test_a_message_is_acknowledged_only_when_what_it_says_is_durable(bench: Bench) -> None:
+    """The server dies before it stores a chunk; the broker delivers that chunk again, and the device says nothing."""
+    first, _ = training(bench)
+    offer, payload = first.train()
+    first.say(offer)
+    bench.store.close()
+    bench.begin(Fuse(before="add_chunk"))
+    with pytest.raises(Killed):
+        first.send(offer, payload)
+    bench.restart()
+    assert first.heard() == [accepted(offer)]
+
+
 def crash_before(bench: Bench, operation: str) -> None:
     """Let the last device deliver, and kill the server before an operation of the merge."""
     hands = [hand for hand in training(bench, dict.fromkeys("abcd", 2)) if hand.name in bench.service.state.asked]
