@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,3 +23,10 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
 def folder() -> Iterator[Path]:
     with in_memory() as place:
         yield place
+
+
+@pytest.fixture
+def closed_port() -> int:
+    """A port at which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
