@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,20 +20,9 @@ from profiles.device import UNITS
 from tests.product import QUIET, Launcher, Running, until
 from tests.wire.conftest import require
 
-EXAMPLES = '{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n'
-FILES = {
-    "good.jsonl": EXAMPLES,
-    "empty.jsonl": "\n\n",
-    "broken.jsonl": EXAMPLES + '{"prompt": "e", ',
-    "odd-row.jsonl": EXAMPLES + '\n{"question": "e", "answer": "f"}\n',
-    "no-answer.jsonl": '{"prompt": "a", "completion": ""}\n',
-    "alike.jsonl": '{"prompt": "a", "completion": "b"}\n' * 3,
-    "key.toml": "[rounds]\nnum_round = 3\n",
-    "section.toml": "[round]\nnum_rounds = 3\n",
-    "value.toml": '[training]\nmax_steps = "many"\n',
-    "broken.toml": "[rounds\n",
-    "taken": "a file where a folder should be",
-}
+# Each test starts the command as users do, so they are no part of the fast ones.
+pytestmark = pytest.mark.story
+
 CONFIG_JSON = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 512, "hidden_size": 64,
     "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -91,18 +80,6 @@ DATA = [
         "'cooking'; expected one of: concurrency, data, files, language, networking, numbers, text",
     ),
 ]
-
-
-@pytest.fixture
-def product(tmp_path: Path) -> Iterator[Launcher]:
-    """Starts the product in a folder with good and bad files."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    for name, content in FILES.items():
-        (folder / name).write_text(content, encoding="utf-8")
-    made = Launcher(folder, {"EDGE_RUNTIME_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hub")})
-    yield made
-    made.end()
 
 
 def only_line(stderr: str) -> str:
@@ -338,7 +315,8 @@ def test_help_lists_every_verb(product: Launcher) -> None:
 
 @pytest.mark.parametrize("verb", verbs())
 def test_the_help_of_a_verb_needs_nothing_but_typer(product: Launcher, verb: str) -> None:
-    heavy = ["torch", "transformers", "numpy", "pydantic", "paho", "matplotlib", "zstandard", "server", "export"]
+    # typer itself brings pydantic.
+    heavy = ["torch", "transformers", "numpy", "paho", "matplotlib", "zstandard", "server", "export"]
     code, out, err = without(product.folder, heavy, verb, "--help")
 
     assert (code, err) == (0, "")
