@@ -277,6 +277,9 @@ def _training_mode(live: LiveModel, task: LocalTask) -> Iterator[None]:
             # Without re-entrance the graph starts at the first trained layer: nothing below it is kept or recomputed,
             # and the embeddings need not pretend to require gradients.
             causal.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers 5 makes them pretend all the same, and would recompute every frozen layer.
+            if hasattr(causal, "_require_grads_hook"):
+                causal.disable_input_require_grads()
         try:
             yield
         finally:
