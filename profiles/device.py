@@ -6,12 +6,13 @@ probe never stops because one file of /proc is missing, and a reader of the prof
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from edge_runtime.errors import ConfigError, unknown_name
-from profiles.records import checked
+from profiles.records import checked, typed
 
 KINDS = ("cpu", "cuda", "apple")
 
@@ -61,6 +62,21 @@ class DeviceProfile:
         bf16_rate_ratio: bf16 rate / fp32 rate.
         bf16_is_fast: True when computing in bf16 costs no speed.
         four_bit: True when a 4-bit layer's forward and backward gave right numbers here.
+        board: the board's name, such as "NVIDIA Jetson Orin Nano Developer Kit"; empty where there is none.
+        l4t: release of L4T, the Linux of a Jetson; empty elsewhere.
+        eight_bit: as `four_bit`, for a layer whose weights are kept as int8 with a scale for each row.
+        memory_bandwidth_gb_s: measured rate of a large copy; what is read and what is written both count.
+        nf4_gweights_s: billions of 4-bit weights opened per second, measured.
+        int8_gweights_s: the same for int8 weights.
+        op_overhead_us: microseconds that one small torch call costs, measured on a tiny linear layer.
+        gemm_shapes: (tokens, d_in, d_out) of the products that the GEMM rates were measured at.
+        temperature_celsius: the hottest sensor of processor and board; None where there is none.
+        battery_percent: charge of the battery; None where there is none.
+        on_battery: True when there is a battery and nothing charges it.
+        link_up_mbit_s: measured rate towards the broker; 0 while nobody measured it.
+        link_down_mbit_s: the same from the broker.
+        link_latency_ms: milliseconds of a small message to the broker and back; 0 while nobody measured it.
+        power_watts: of the whole device under load, from the catalogue; 0 where nobody knows.
         reasons: field → one sentence: where the value comes from.
         unreadable: field → one sentence: why it could not be read, and what to do.
     """
@@ -84,6 +100,21 @@ class DeviceProfile:
     bf16_rate_ratio: float
     bf16_is_fast: bool
     four_bit: bool
+    board: str
+    l4t: str
+    eight_bit: bool
+    memory_bandwidth_gb_s: float
+    nf4_gweights_s: float
+    int8_gweights_s: float
+    op_overhead_us: float
+    gemm_shapes: tuple[tuple[int, int, int], ...]
+    temperature_celsius: float | None
+    battery_percent: float | None
+    on_battery: bool
+    link_up_mbit_s: float
+    link_down_mbit_s: float
+    link_latency_ms: float
+    power_watts: float
     reasons: Mapping[str, str] = field(default_factory=dict)
     unreadable: Mapping[str, str] = field(default_factory=dict)
 
@@ -109,22 +140,34 @@ class DeviceProfile:
             **{key: value for key, value in asdict(self).items() if key not in ("reasons", "unreadable")},
             "instruction_sets": list(self.instruction_sets),
             "gpus": [asdict(gpu) for gpu in self.gpus],
+            "gemm_shapes": [list(shape) for shape in self.gemm_shapes],
             "reasons": dict(self.reasons),
             "unreadable": dict(self.unreadable),
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> DeviceProfile:
+    def from_json(cls, data: Mapping[str, Any], kind: str = "device profile") -> DeviceProfile:
         """The profile that `to_json` wrote.
 
+        Args:
+            data: the object.
+            kind: what it is called when it is wrong; names the file, where there is one.
+
         Raises:
-            ConfigError: keys are missing or unknown.
+            ConfigError: keys are missing or unknown, or a value is not of its field's type, or negative.
         """
-        values = dict(checked("device profile", data, (entry.name for entry in fields(cls))))
-        gpu_keys = [entry.name for entry in fields(Gpu)]
-        values["gpus"] = tuple(Gpu(**checked("GPU", gpu, gpu_keys)) for gpu in values["gpus"])
+        values = dict(checked(kind, data, (entry.name for entry in fields(cls))))
+        typed(kind, values, {entry.name: str(entry.type) for entry in fields(cls)}, signed=("temperature_celsius",))
+        gpu_types = {entry.name: str(entry.type) for entry in fields(Gpu)}
+        for gpu in values["gpus"]:
+            typed(f"GPU of the {kind}", checked(f"GPU of the {kind}", gpu, gpu_types), gpu_types)
+        values["gpus"] = tuple(Gpu(**gpu) for gpu in values["gpus"])
         values["instruction_sets"] = tuple(values["instruction_sets"])
-        return cls(**values)
+        values["gemm_shapes"] = tuple(tuple(shape) for shape in values["gemm_shapes"])
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (in the {kind})") from error
 
 
 UNITS: Mapping[str, str] = {
@@ -147,7 +190,86 @@ UNITS: Mapping[str, str] = {
     "bf16_rate_ratio": "times fp32",
     "bf16_is_fast": "",
     "four_bit": "",
+    "board": "",
+    "l4t": "",
+    "eight_bit": "",
+    "memory_bandwidth_gb_s": "GB/s",
+    "nf4_gweights_s": "billion weights/s",
+    "int8_gweights_s": "billion weights/s",
+    "op_overhead_us": "µs",
+    "gemm_shapes": "tokens x inputs x outputs",
+    "temperature_celsius": "°C",
+    "battery_percent": "%",
+    "on_battery": "",
+    "link_up_mbit_s": "Mbit/s",
+    "link_down_mbit_s": "Mbit/s",
+    "link_latency_ms": "ms",
+    "power_watts": "W",
 }
+
+# What stands where nobody could tell; `reasons` or `unreadable` says so.
+NEUTRAL: Mapping[str, Any] = {
+    "name": "unnamed",
+    "kind": "cpu",
+    "cpu_model": "",
+    "architecture": "",
+    "physical_cores": 1,
+    "usable_cores": 1,
+    "instruction_sets": (),
+    "memory_total_bytes": 0,
+    "memory_available_bytes": 0,
+    "memory_limit_bytes": None,
+    "memory_bearable_bytes": 0,
+    "swap_bytes": 0,
+    "disk_free_bytes": 0,
+    "gpus": (),
+    "gemm_fp32_gflops": 0.0,
+    "gemm_bf16_gflops": 0.0,
+    "bf16_rate_ratio": 0.0,
+    "bf16_is_fast": False,
+    "four_bit": False,
+    "board": "",
+    "l4t": "",
+    "eight_bit": False,
+    "memory_bandwidth_gb_s": 0.0,
+    "nf4_gweights_s": 0.0,
+    "int8_gweights_s": 0.0,
+    "op_overhead_us": 0.0,
+    "gemm_shapes": (),
+    "temperature_celsius": None,
+    "battery_percent": None,
+    "on_battery": False,
+    "link_up_mbit_s": 0.0,
+    "link_down_mbit_s": 0.0,
+    "link_latency_ms": 0.0,
+    "power_watts": 0.0,
+}
+
+# What a field's name ends in because of its unit; people read the unit beside the value.
+_SUFFIXES = ("_bytes", "_gflops", "_gb_s", "_gweights_s", "_us", "_celsius", "_percent", "_mbit_s", "_ms", "_watts")
+
+
+def with_link(
+    profile: DeviceProfile, *, up_mbit_s: float, down_mbit_s: float, latency_ms: float, reason: str
+) -> DeviceProfile:
+    """The profile with what a test of its link found.
+
+    Args:
+        profile: any profile.
+        up_mbit_s: rate towards the broker, Mbit/s.
+        down_mbit_s: rate from the broker, Mbit/s.
+        latency_ms: of a small message to the broker and back, in milliseconds.
+        reason: one sentence: how it was measured.
+    """
+    found = {"link_up_mbit_s": up_mbit_s, "link_down_mbit_s": down_mbit_s, "link_latency_ms": latency_ms}
+    return replace(
+        profile,
+        link_up_mbit_s=up_mbit_s,
+        link_down_mbit_s=down_mbit_s,
+        link_latency_ms=latency_ms,
+        reasons={**profile.reasons, **dict.fromkeys(found, reason)},
+        unreadable={name: cause for name, cause in profile.unreadable.items() if name not in found},
+    )
 
 
 @dataclass(frozen=True)
@@ -163,7 +285,7 @@ def rows(profile: DeviceProfile) -> tuple[Row, ...]:
     """The profile as lines for people, in the order of its fields."""
     return tuple(
         Row(
-            name.removesuffix("_bytes").removesuffix("_gflops").replace("_", " "),
+            _title(name),
             "unreadable" if name in profile.unreadable else shown(getattr(profile, name), unit),
             profile.unreadable.get(name) or profile.reasons[name],
         )
@@ -173,18 +295,33 @@ def rows(profile: DeviceProfile) -> tuple[Row, ...]:
 
 def shown(value: Any, unit: str) -> str:
     """A value with its unit, as a person writes it: bytes as MiB, None as "none", a list with commas."""
-    if value is None or value == ():
+    if value is None or value in ((), ""):
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if unit == "bytes":
         return f"{value / MIB:,.0f} MiB"
     if isinstance(value, tuple):
-        return ", ".join(_gpu(item) if isinstance(item, Gpu) else str(item) for item in value)
-    number = f"{value:,.2f}" if isinstance(value, float) else f"{value}"
+        return ", ".join(_item(item) for item in value)
+    number = _digits(value) if isinstance(value, float) else f"{value}"
     return f"{number} {unit}".rstrip()
 
 
-def _gpu(gpu: Gpu) -> str:
-    capability = f", sm_{gpu.capability.replace('.', '')}" if gpu.capability else ""
-    return f"{gpu.name} ({gpu.free_bytes / MIB:,.0f} of {gpu.total_bytes / MIB:,.0f} MiB free{capability})"
+def _title(name: str) -> str:
+    suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), "")
+    return name.removesuffix(suffix).replace("_", " ")
+
+
+def _digits(value: float) -> str:
+    """Three digits that count: 0.0123, 1.50, 23.4, 1,280."""
+    if value == 0:
+        return "0"
+    places = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{places}f}"
+
+
+def _item(item: object) -> str:
+    if isinstance(item, Gpu):
+        capability = f", sm_{item.capability.replace('.', '')}" if item.capability else ""
+        return f"{item.name} ({item.free_bytes / MIB:,.0f} of {item.total_bytes / MIB:,.0f} MiB free{capability})"
+    return " x ".join(str(size) for size in item) if isinstance(item, tuple) else str(item)

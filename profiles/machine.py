@@ -10,13 +10,15 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from edge_runtime.errors import ConfigError
 from profiles import cgroups
 from profiles.device import MIB
 
@@ -44,6 +46,24 @@ class Reading:
     reason: str
 
 
+# What reading may raise: files that are missing or malformed, libraries that are absent or cannot load, and kernels
+# that are not built for this device (RuntimeError, and AttributeError when a native library is not there), or whose
+# library has changed how it is called (TypeError).
+FAILURES = (
+    psutil.Error,
+    TypeError,
+    OSError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    ImportError,
+    AttributeError,
+    RuntimeError,
+    MemoryError,
+    subprocess.SubprocessError,
+    ConfigError,
+)
+
 # What is left alone of the bearable memory: kernel memory charged to us, and other programs that grow meanwhile.
 RESERVE_SHARE = 0.03
 RESERVE_LEAST = 16 * MIB
@@ -55,12 +75,46 @@ INSTRUCTION_SETS: Mapping[str, str] = {
     "avx512f": "avx512f",
     "avx512_bf16": "avx512_bf16",
     "amx_bf16": "amx_bf16",
+    "amx_int8": "amx_int8",
     "neon": "neon",
     "asimd": "neon",
     "asimddp": "dotprod",
     "bf16": "bf16",
+    "i8mm": "i8mm",
     "sve": "sve",
     "sve2": "sve2",
+}
+
+# The same as sysctl answers on Apple's processors ("hw.optional.arm.FEAT_…").
+APPLE_SETS: Mapping[str, str] = {"FEAT_DotProd": "dotprod", "FEAT_BF16": "bf16", "FEAT_I8MM": "i8mm"}
+
+# "CPU part" of /proc/cpuinfo on ARM, which names no model: (implementer, part) → core.
+# Source: the MIDR_EL1 values of Linux, arch/arm64/include/asm/cputype.h, and of util-linux, sys-utils/lscpu-arm.c.
+ARM_CORES: Mapping[tuple[int, int], str] = {
+    (0x41, 0xD03): "Cortex-A53",
+    (0x41, 0xD05): "Cortex-A55",
+    (0x41, 0xD07): "Cortex-A57",
+    (0x41, 0xD08): "Cortex-A72",
+    (0x41, 0xD09): "Cortex-A73",
+    (0x41, 0xD0A): "Cortex-A75",
+    (0x41, 0xD0B): "Cortex-A76",
+    (0x41, 0xD0C): "Neoverse-N1",
+    (0x41, 0xD0D): "Cortex-A77",
+    (0x41, 0xD0E): "Cortex-A76AE",
+    (0x41, 0xD40): "Neoverse-V1",
+    (0x41, 0xD41): "Cortex-A78",
+    (0x41, 0xD42): "Cortex-A78AE",
+    (0x41, 0xD44): "Cortex-X1",
+    (0x41, 0xD47): "Cortex-A710",
+    (0x41, 0xD49): "Neoverse-N2",
+    (0x41, 0xD4B): "Cortex-A78C",
+    (0x41, 0xD4F): "Neoverse-V2",
+    (0x41, 0xD80): "Cortex-A520",
+    (0x41, 0xD81): "Cortex-A720",
+    (0x41, 0xD83): "Neoverse-V3AE",
+    (0x41, 0xD84): "Neoverse-V3",
+    (0x4E, 0x003): "NVIDIA Denver 2",
+    (0x4E, 0x004): "NVIDIA Carmel",
 }
 
 
@@ -70,14 +124,20 @@ def name(_: Machine) -> Reading:
 
 
 def cpu_model(machine: Machine) -> Reading:
-    """The processor's model, or the board's name where the kernel does not tell the processor's."""
-    board = machine.root / "proc/device-tree/model"
-    if board.is_file():
-        return Reading(board.read_text(encoding="utf-8").strip("\0\n "), "the board's name in the device tree")
-    for line in _cpuinfo(machine):
-        key, _, value = line.partition(":")
-        if key.strip() in ("model name", "Model"):
-            return Reading(value.strip(), "from /proc/cpuinfo")
+    """The processor's model, or its cores where the kernel tells no model, as on ARM."""
+    implementer, cores = 0, dict[str, None]()
+    for key, value in _cpuinfo_pairs(machine):
+        if key == "model name":
+            return Reading(value, "from /proc/cpuinfo")
+        if key == "CPU implementer":
+            implementer = int(value, 0)
+        elif key == "CPU part":
+            part = int(value, 0)
+            cores[ARM_CORES.get((implementer, part), f"ARM core {part:#x} of implementer {implementer:#x}")] = None
+    if cores:
+        return Reading(" + ".join(cores), "implementer and part in /proc/cpuinfo")
+    if platform.system() == "Darwin" and machine.root == Path("/"):
+        return Reading(sysctl("machdep.cpu.brand_string"), "sysctl machdep.cpu.brand_string")
     found = platform.processor() or platform.machine()
     if not found:
         raise OSError("neither /proc nor the platform tells the processor's model")
@@ -93,8 +153,7 @@ def physical_cores(machine: Machine) -> Reading:
     """Cores without their hardware threads."""
     cores: set[tuple[str, str]] = set()
     package = ""
-    for line in _cpuinfo(machine):
-        key, _, value = (part.strip() for part in line.partition(":"))
+    for key, value in _cpuinfo_pairs(machine):
         if key == "physical id":
             package = value
         elif key == "core id":
@@ -119,14 +178,14 @@ def usable_cores(machine: Machine) -> Reading:
 
 def instruction_sets(machine: Machine) -> Reading:
     """Those that change how fast training runs, sorted by the order of the table."""
-    for line in _cpuinfo(machine):
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
+    for key, value in _cpuinfo_pairs(machine):
+        if key in ("flags", "Features"):
             present = set(value.split())
             found = dict.fromkeys(ours for theirs, ours in INSTRUCTION_SETS.items() if theirs in present)
-            return Reading(tuple(found), f"'{key.strip()}' in /proc/cpuinfo")
-    if platform.machine() == "arm64":
-        return Reading(("neon",), "every 64-bit ARM processor has it")
+            return Reading(tuple(found), f"'{key}' in /proc/cpuinfo")
+    if platform.machine() == "arm64" and machine.root == Path("/"):
+        more = [ours for theirs, ours in APPLE_SETS.items() if sysctl(f"hw.optional.arm.{theirs}") == "1"]
+        return Reading(("neon", *more), "every 64-bit ARM processor has neon; sysctl hw.optional.arm tells the others")
     raise OSError("/proc/cpuinfo has neither 'flags' nor 'Features'")
 
 
@@ -205,16 +264,36 @@ READERS: Mapping[str, Callable[[Machine], Reading]] = {
 }
 
 
-def _cpuinfo(machine: Machine) -> list[str]:
+def sentence(error: BaseException) -> str:
+    """An error on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def sysctl(key: str) -> str:
+    """One value of macOS's kernel.
+
+    Raises:
+        OSError: there is no such value, or no sysctl.
+        subprocess.SubprocessError: sysctl did not answer.
+    """
+    done = subprocess.run(["sysctl", "-n", key], capture_output=True, text=True, timeout=5, check=False)
+    if done.returncode != 0 or not done.stdout.strip():
+        raise OSError(f"sysctl {key} gave nothing: {done.stderr.strip() or 'no value'}")
+    return done.stdout.strip()
+
+
+def _cpuinfo_pairs(machine: Machine) -> Iterator[tuple[str, str]]:
     path = machine.root / "proc/cpuinfo"
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        key, _, value = line.partition(":")
+        yield key.strip(), value.strip()
 
 
 def _meminfo_table(machine: Machine) -> dict[str, int]:
     path = machine.root / "proc/meminfo"
     if not path.is_file():
         return {}
-    pairs = (line.partition(":")[::2] for line in path.read_text(encoding="utf-8").splitlines())
+    pairs = (line.partition(":")[::2] for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
     return {key: int(value.split()[0]) * 1024 for key, value in pairs if value.split()}
 
 
@@ -230,6 +309,6 @@ def _own(machine: Machine) -> int:
     path = machine.root / "proc/self/status"
     if not path.is_file():
         return int(psutil.Process().memory_info().rss)
-    pairs = (line.partition(":")[::2] for line in path.read_text(encoding="utf-8").splitlines())
+    pairs = (line.partition(":")[::2] for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
     table = {key: int(value.split()[0]) * 1024 for key, value in pairs if value.strip().endswith("kB")}
     return table.get("RssAnon", table.get("VmRSS", 0))

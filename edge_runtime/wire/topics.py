@@ -6,6 +6,7 @@ edge/<fleet>/c/<client>/status             retained   online | offline (last wil
 edge/<fleet>/c/<client>/up                            hello · offer · report
 edge/<fleet>/c/<client>/down                          welcome · need · accepted · rejected
 edge/<fleet>/c/<client>/blob/<sha256>/<n>             chunk n of an upload
+edge/<fleet>/c/<client>/link/<n>           retained   part n of a device's test of its own link; cleared after it
 """
 
 from __future__ import annotations
@@ -78,6 +79,11 @@ def down(fleet: str, client: str) -> str:
 def upload(fleet: str, client: str, digest: str, chunk: int | None = None) -> str:
     """Chunk of an upload, or the pattern of all its chunks; '+' for all devices or digests."""
     return f"{ROOT}/{fleet}/c/{client}/blob/{digest}/{'+' if chunk is None else chunk}"
+
+
+def link(fleet: str, client: str, part: int | None = None) -> str:
+    """Part of a device's test of its own link, or the pattern of all; nobody else listens, so `parse` knows none."""
+    return f"{ROOT}/{fleet}/c/{client}/link/{'+' if part is None else part}"
 
 
 def everything(fleet: str) -> str:

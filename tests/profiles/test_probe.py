@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from profiles.device import UNITS, DeviceProfile, Gpu, rows
 from profiles.machine import RESERVE_LEAST, RESERVE_SHARE
-from profiles.probe import probe, refresh
+from profiles.measure import WEIGHTS_MOST
+from profiles.probe import _kind, probe, refresh
 from tests.profiles.trees import MIB, machine, version_1, version_2, write
 
 
@@ -31,7 +37,12 @@ def test_every_field_of_this_machine_has_a_reason_or_a_cause() -> None:
 
 
 def test_a_profile_survives_json() -> None:
-    profile = replace(probe(measure=False), gpus=(Gpu("Orin", 8 * 2**30, 5 * 2**30, "8.7", unified=True),))
+    profile = replace(
+        probe(measure=False),
+        gpus=(Gpu("Orin", 8 * 2**30, 5 * 2**30, "8.7", unified=True),),
+        gemm_shapes=((128, 576, 576), (1, 2, 3)),
+        temperature_celsius=-3.5,
+    )
 
     assert DeviceProfile.from_json(json.loads(json.dumps(profile.to_json()))) == profile
 
@@ -51,6 +62,76 @@ def test_a_malformed_file_costs_its_fields_and_no_others(tmp_path: Path) -> None
 
     assert {"memory_limit_bytes", "memory_bearable_bytes"} <= set(profile.unreadable)
     assert profile.memory_total_bytes == 4000 * MIB
+
+
+# What the kernel may write where the probe reads, and what it never would.
+FILES = (
+    "proc/cpuinfo",
+    "proc/meminfo",
+    "proc/self/status",
+    "proc/self/cgroup",
+    "proc/self/mountinfo",
+    "sys/fs/cgroup/a/memory.max",
+    "sys/fs/cgroup/a/memory.current",
+    "sys/fs/cgroup/a/memory.stat",
+    "sys/fs/cgroup/a/cpu.max",
+    "sys/fs/cgroup/memory/a/memory.limit_in_bytes",
+    "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_quota_us",
+    "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_period_us",
+    "proc/device-tree/model",
+    "proc/device-tree/compatible",
+    "etc/nv_tegra_release",
+    "sys/devices/platform/soc/soc:firmware/get_throttled",
+    "sys/class/thermal/thermal_zone0/temp",
+    "sys/class/power_supply/BAT0/capacity",
+)
+NUMBERS = st.sampled_from(["0", "-1", "-5 kB", "0 0", "1e400", "nan", "inf", "0x", "9" * 5000, "kB", "", "max", "1 0"])
+KEYS = st.sampled_from(
+    ["MemTotal", "MemAvailable", "SwapTotal", "RssAnon", "flags", "core id", "CPU part", "CPU implementer"]
+)
+LINES = st.one_of(
+    st.builds("{}: {}".format, KEYS, NUMBERS),
+    NUMBERS,
+    st.text(max_size=12),
+    st.sampled_from(
+        [
+            "0::/a",
+            "0::/../../..",
+            "4:memory:/a",
+            "2:cpu,cpuacct:/a",
+            "31 23 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw",
+            "31 23 0:28 /../x /../.. rw - cgroup2 cgroup2 rw",
+            "31 23 0:28 / /\\000 rw - cgroup2 cgroup2 rw",
+            "35 31 0:32 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory",
+            "35 31 0:32 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct",
+            "anon 1 2 3",
+            "hierarchical_memory_limit -1",
+            "nvidia,tegra234\0",
+        ]
+    ),
+)
+CONTENTS = st.one_of(st.lists(LINES, max_size=5).map(lambda lines: "\n".join(lines).encode()), st.binary(max_size=40))
+
+
+@settings(max_examples=150, deadline=None)
+@given(files=st.dictionaries(st.sampled_from(FILES), CONTENTS))
+def test_whatever_the_kernel_writes_every_field_is_explained(
+    files: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """No nonsense stops the probe or gets into the profile, which stays one that JSON can carry."""
+    root = tmp_path_factory.mktemp("nonsense")
+    write(root, {"sys/class/power_supply/BAT0/type": "Battery"})
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+
+    profile = probe(measure=False, root=root, disk=root)
+
+    assert set(profile.reasons) | set(profile.unreadable) == set(UNITS)
+    assert not set(profile.reasons) & set(profile.unreadable)
+    assert all({**profile.reasons, **profile.unreadable}.values())
+    assert DeviceProfile.from_json(json.loads(json.dumps(profile.to_json()))) == profile
+    assert len(rows(profile)) == len(UNITS)
 
 
 def test_the_processor_is_read_from_proc(tmp_path: Path) -> None:
@@ -150,16 +231,71 @@ def test_without_torch_the_profile_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     assert profile.kind in ("cpu", "apple")
 
 
-@pytest.mark.torch
-def test_what_only_a_run_can_tell_is_measured() -> None:
+def test_what_the_machine_cannot_tell_says_who_could() -> None:
+    profile = probe(measure=False)
+
+    assert (profile.link_up_mbit_s, profile.link_latency_ms, profile.power_watts) == (0.0, 0.0, 0.0)
+    assert "broker" in profile.unreadable["link_down_mbit_s"]
+    assert "catalogue" in profile.unreadable["power_watts"]
+
+
+def test_a_process_that_torch_would_get_killed_does_not_import_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    root = machine(version_2(tmp_path, "/client"), own_mib=20)
+    write(root, {"sys/fs/cgroup/client/memory.max": str(200 * MIB)})
+
+    profile = probe(root=root, disk=tmp_path)
+
+    assert "torch" not in sys.modules
+    assert "needs about 280 MiB, found 184 MiB" in profile.unreadable["gemm_fp32_gflops"]
+
+
+def failing(*_: object, **__: object) -> Any:
+    """As torch answers on a card that it was not built for."""
+    raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+
+def test_a_card_whose_first_kernel_fails_is_not_trained_on() -> None:
+    cuda = SimpleNamespace(is_available=lambda: True)
+
+    found = _kind(SimpleNamespace(cuda=cuda, ones=failing, __version__="2.13.0"))
+
+    assert found.value in ("cpu", "apple")
+    assert "no kernel image" in found.reason
+
+
+@pytest.fixture(scope="module")
+def measured() -> DeviceProfile:
+    """This machine, measured once."""
     pytest.importorskip("torch")
+    return probe(shapes=((16, 64, 32), (16, 3000, 4000)))
 
-    profile = probe()
 
-    assert profile.gemm_fp32_gflops > 0
-    assert profile.bf16_rate_ratio == pytest.approx(profile.gemm_bf16_gflops / profile.gemm_fp32_gflops, rel=0.2)
-    assert profile.bf16_is_fast == (profile.bf16_rate_ratio >= 0.9)
-    assert "measured" in profile.reasons["bf16_is_fast"]
+@pytest.mark.torch
+def test_what_only_a_run_can_tell_is_measured(measured: DeviceProfile) -> None:
+    rates = ("gemm_fp32_gflops", "gemm_bf16_gflops", "memory_bandwidth_gb_s", "op_overhead_us", "int8_gweights_s")
+
+    assert all(getattr(measured, rate) > 0 for rate in rates)
+    assert all("measured" in measured.reasons[rate] for rate in rates)
+    assert measured.bf16_rate_ratio == pytest.approx(measured.gemm_bf16_gflops / measured.gemm_fp32_gflops, rel=0.01)
+    assert measured.bf16_is_fast == (measured.bf16_rate_ratio >= 0.9)
+
+
+@pytest.mark.torch
+def test_the_shapes_measured_are_named_and_bounded(measured: DeviceProfile) -> None:
+    assert measured.gemm_shapes[0] == (16, 64, 32)
+    assert math.prod(measured.gemm_shapes[1][1:]) <= WEIGHTS_MOST
+    assert "cut down" in measured.reasons["gemm_fp32_gflops"]
+    assert "16 x 64 x 32" in measured.reasons["gemm_bf16_gflops"]
+
+
+@pytest.mark.torch
+def test_an_8_bit_layer_trains_and_is_not_exact(measured: DeviceProfile) -> None:
+    assert measured.eight_bit, measured.reasons["eight_bit"]
+    cosines = [float(text.split()[0].rstrip(",")) for text in _cosines(measured.reasons["eight_bit"])]
+    assert all(0.999 <= cosine < 0.999999 for cosine in cosines)
 
 
 @pytest.mark.torch
@@ -174,16 +310,27 @@ def test_measuring_leaves_the_number_of_threads_alone() -> None:
 
 @pytest.mark.torch
 @pytest.mark.skipif(os.uname().machine not in ("x86_64", "aarch64"), reason="bitsandbytes has no wheel elsewhere")
-def test_a_4_bit_layer_trains_and_is_not_exact() -> None:
+def test_a_4_bit_layer_trains_and_is_not_exact(measured: DeviceProfile) -> None:
     pytest.importorskip("bitsandbytes")
 
-    profile = probe()
-
-    assert profile.four_bit, profile.reasons["four_bit"]
-    output, gradient = (float(text.split()[0].rstrip(",")) for text in _cosines(profile.reasons["four_bit"]))
+    assert measured.four_bit, measured.reasons["four_bit"]
+    assert measured.nf4_gweights_s > 0
+    output, gradient = (float(text.split()[0].rstrip(",")) for text in _cosines(measured.reasons["four_bit"]))
     # Both are those of quantised weights: close to 1, and not 1 as they would be against themselves.
     assert 0.98 <= output < 0.9999
     assert 0.98 <= gradient < 0.9999
+
+
+@pytest.mark.torch
+def test_without_bitsandbytes_8_bit_layers_still_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+
+    profile = probe(shapes=((4, 16, 16),))
+
+    assert (profile.four_bit, profile.eight_bit) == (False, True)
+    assert "pip install 'edge-runtime[client]'" in profile.reasons["four_bit"]
+    assert "not installed" in profile.unreadable["nf4_gweights_s"]
 
 
 def _cosines(reason: str) -> list[str]:

@@ -96,6 +96,7 @@ def test_whatever_is_parsed_could_have_been_built(text: str) -> None:
         "edge/fleet/c/pi/blob/" + "0" * 64 + "/" + "9" * 11,
         "$SYS/fleet/round",
         "EDGE/fleet/round",
+        topics.link("fleet", "pi", 0),
     ],
 )
 def test_a_strangers_topic_is_nobodys(text: str) -> None:
