@@ -6,8 +6,7 @@ row change the answers and raise no error. So every format is read back by its o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,9 @@ from peft import PeftModel
 
 from edge_runtime.errors import ExportError
 from edge_runtime.train.base import PreparedBase, load
+from edge_runtime.train.convert import precision_named
 from edge_runtime.train.live import LiveModel
+from export.float32 import in_float32
 
 Logits = NDArray[np.float32]
 
@@ -84,31 +85,6 @@ def live_logits(live: LiveModel, prompts: Sequence[Sequence[int]]) -> Logits:
         return logits(live.model, prompts)
 
 
-@contextmanager
-def in_float32(model: torch.nn.Module) -> Iterator[None]:
-    """Let a model compute in float32 while the context lasts; its weights keep their values.
-
-    4-bit weights stay 4-bit and are dequantised to float32; every other weight is widened, which costs its size once
-    more, and narrowed again at the end, which gives back the same bits.
-    """
-    # By identity: a tied head and its embedding are one parameter.
-    narrow: dict[int, tuple[torch.Tensor, torch.dtype]]
-    narrow = {id(p): (p, p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
-    buffers = {id(b): (b, b.dtype) for b in model.buffers() if b.is_floating_point() and b.dtype != torch.float32}
-    quantised = [(layer, layer.compute_dtype, layer.weight.quant_state.dtype) for layer in _four_bit_layers(model)]
-    try:
-        for tensor, _ in (narrow | buffers).values():
-            tensor.data = tensor.data.float()
-        for module, _, _ in quantised:
-            module.compute_dtype = module.weight.quant_state.dtype = torch.float32
-        yield
-    finally:
-        for tensor, dtype in (narrow | buffers).values():
-            tensor.data = tensor.data.to(dtype)
-        for module, compute, state in quantised:
-            module.compute_dtype, module.weight.quant_state.dtype = compute, state
-
-
 def parity(live: Logits, fresh: Logits, base: Logits) -> Parity:
     """Compare the logits of the live model, of the artefact and of the base model alone.
 
@@ -143,17 +119,14 @@ def verify_peft(
         ExportError: PEFT cannot load the folder, or its logits are of another shape or not finite.
         BaseModelError: the base model cannot be loaded.
     """
-    base = load(prepared, compute_dtype="fp32", device=device).model
-    plain = logits(base, prompts)
+    # As narrow as it may compute: `in_float32` widens what it needs while it needs it.
+    narrow = "bf16" in precision_named(prepared.precision).compute
+    base = load(prepared, compute_dtype="bf16" if narrow else "fp32", device=device).model
+    with in_float32(base):
+        plain = logits(base, prompts)
     try:
         fresh = PeftModel.from_pretrained(base, folder)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ExportError(f"expected PEFT to load '{folder}'; found: {str(error).strip().splitlines()[0]}") from error
-    return parity(live, logits(fresh, prompts), plain)
-
-
-def _four_bit_layers(model: torch.nn.Module) -> Iterator[Any]:
-    # By name, since a plain model must not need bitsandbytes; PEFT's wrapper has the name too, but does no arithmetic.
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit" and hasattr(module, "compute_dtype"):
-            yield module
+    with in_float32(fresh):
+        return parity(live, logits(fresh, prompts), plain)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from edge_runtime import config
 from edge_runtime.errors import BaseModelError, missing_extra
-from edge_runtime.train import prepared
+from edge_runtime.train import eight_bit, prepared
 from edge_runtime.train.convert import convert, precision_named
 from edge_runtime.train.quiet import quiet
 from edge_runtime.train.source import Source, fingerprint, resolve
@@ -25,6 +25,7 @@ from edge_runtime.train.source import Source, fingerprint, resolve
 try:
     import torch
     import transformers
+    from safetensors import SafetensorError
 except ModuleNotFoundError as missing:
     raise missing_extra(missing.name or "torch", "client") from missing
 
@@ -69,7 +70,14 @@ def _say_nothing(_: str) -> None:
     pass
 
 
-def prepare(spec: str, *, precision: str = "nf4", cache: Path | None = None, say: Say = _say_nothing) -> PreparedBase:
+def prepare(
+    spec: str,
+    *,
+    precision: str = "nf4",
+    cache: Path | None = None,
+    memory_bytes: int | None = None,
+    say: Say = _say_nothing,
+) -> PreparedBase:
     """The base model that a person named, converted to a precision; converted at most once per machine.
 
     What is in the cache is verified, sizes and digests, and converted again if it is damaged. Several processes may
@@ -79,11 +87,13 @@ def prepare(spec: str, *, precision: str = "nf4", cache: Path | None = None, say
         spec: an alias, folder, GGUF file or hub id (`source.resolve`), or a folder that was prepared before.
         precision: a key of `convert.PRECISIONS`.
         cache: where converted bases are kept; `config.cache_dir()` when absent.
+        memory_bytes: what this process may use, with what it uses already; a conversion that would need more is refused
+            before it starts. None for no limit.
         say: is told, in a sentence, what takes time or went wrong.
 
     Raises:
         UnknownBaseError: nothing of that name.
-        BaseModelError: an unknown precision, or a base that cannot be converted or trusted.
+        BaseModelError: an unknown precision, a base that cannot be converted or trusted, or too little memory.
     """
     precision_named(precision)
     source = resolve(spec)
@@ -103,7 +113,7 @@ def prepare(spec: str, *, precision: str = "nf4", cache: Path | None = None, say
         if fault:
             say(f"the converted base in {folder} is damaged and is converted again: {fault}")
         say(f"converting {source.label} to {precision}, once; it is kept in {folder}")
-        _convert_into(found, source)
+        _convert_into(found, source, memory_bytes)
     _trim_heap()
     return found
 
@@ -113,23 +123,23 @@ def load(base: PreparedBase, *, compute_dtype: Literal["bf16", "fp32"], device: 
 
     Args:
         base: from `prepare`.
-        compute_dtype: precision of the arithmetic and of all that is not quantised.
+        compute_dtype: precision of the arithmetic and of all that is not quantised; "bf16" or "fp32" for nf4 and int8,
+            the precision of the weights for bf16 and fp32.
         device: where to put it, in torch's words.
 
     Raises:
-        BaseModelError: transformers cannot load the folder.
+        BaseModelError: the folder cannot be loaded, or a plain base was asked to compute in another precision.
         MissingExtraError: bitsandbytes or accelerate is not installed and the precision needs it.
     """
+    _check_compute(base, compute_dtype)
     dtype = COMPUTE_DTYPES[compute_dtype]
     try:
         with quiet():
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                base.folder, dtype=dtype, device_map={"": device}, local_files_only=True
-            )
+            model = _LOADERS.get(base.precision, _by_transformers)(base.folder, dtype, device)
             tokenizer = transformers.AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
     except ImportError as error:
         raise missing_extra(error.name or "bitsandbytes", "client") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BaseModelError(
             f"expected {base.folder} to load; found: {reason}; remove it, and it is made anew"
@@ -139,6 +149,25 @@ def load(base: PreparedBase, *, compute_dtype: Literal["bf16", "fp32"], device: 
     keep_gradients(model)
     _compute_in(model, dtype)
     return LoadedBase(model.train(), tokenizer, base)
+
+
+def _check_compute(base: PreparedBase, compute_dtype: str) -> None:
+    allowed = precision_named(base.precision).compute
+    if compute_dtype not in allowed:
+        raise BaseModelError(
+            f"expected a base of precision {base.precision} to compute in {' or '.join(allowed)}; found "
+            f"'{compute_dtype}'; compute in that, or prepare the base at another precision"
+        )
+
+
+def _by_transformers(folder: Path, dtype: torch.dtype, device: str) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map={"": device}, local_files_only=True
+    )
+
+
+# Precisions that transformers cannot load by itself.
+_LOADERS: dict[str, Callable[[Path, torch.dtype, str], Any]] = {"int8": eight_bit.load_model}
 
 
 def keep_gradients(model: torch.nn.Module) -> None:
@@ -199,13 +228,13 @@ def _fault(base: PreparedBase) -> str:
     return ""
 
 
-def _convert_into(base: PreparedBase, source: Source) -> None:
+def _convert_into(base: PreparedBase, source: Source, memory_bytes: int | None) -> None:
     """Convert beside the final folder and put it in place in one step; the lock must be held."""
     partial = base.folder.with_name(f"{base.folder.name}.part")
     _remove(partial)
     partial.mkdir(parents=True)
     try:
-        convert(source, partial, base.precision)
+        convert(source, partial, base.precision, memory_bytes=memory_bytes)
         prepared.seal(partial, fingerprint=base.fingerprint, precision=base.precision, label=base.label)
         _remove(base.folder)
         partial.replace(base.folder)

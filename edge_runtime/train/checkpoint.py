@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ try:
     from safetensors import safe_open
 except ModuleNotFoundError as missing:
     raise missing_extra(missing.name or "torch", "client") from missing
+
+PIECE = 1 << 20
+"""Weights that are read at once, at least 64 rows of them: what a conversion holds in float32 beside its result."""
+_ROW_MULTIPLE = 64
+# Every piece but the last is then a multiple of 64 weights, whatever the width: no block of 4-bit weights is cut.
 
 _TOKENIZER_JSON = "tokenizer.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -35,14 +41,30 @@ class Checkpoint:
     Attributes:
         config: the content of its config.json.
         names: its tensors, named as transformers names its parameters, in the order of the file.
-        read: one tensor by name, on the CPU, in the precision it is stored in (float32 if that is a GGUF block type).
+        shape: of a tensor, by name; nothing is read for it.
+        rows: rows [start, stop) of a tensor by name, on the CPU, in memory of their own or mapped, in the precision
+            that is stored (float32 if that is a GGUF block type).
         write_companions: writes tokenizer and generation settings into a folder.
     """
 
     config: dict[str, Any]
     names: tuple[str, ...]
-    read: Callable[[str], torch.Tensor]
+    shape: Callable[[str], tuple[int, ...]]
+    rows: Callable[[str, int, int], torch.Tensor]
     write_companions: Callable[[Path], None]
+
+    def pieces(self, name: str) -> Iterator[tuple[slice, torch.Tensor]]:
+        """A tensor as slices of its rows, in order, of about `PIECE` weights each; a scalar counts as one row."""
+        shape = self.shape(name) or (1,)
+        width = max(1, math.prod(shape[1:]))
+        step = max(1, PIECE // width // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        for start in range(0, shape[0], step):
+            stop = min(start + step, shape[0])
+            yield slice(start, stop), self.rows(name, start, stop)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole tensor by name, in memory of its own and in the precision it is stored in."""
+        return torch.cat([piece.clone() for _, piece in self.pieces(name)]).reshape(self.shape(name))
 
 
 def open_folder(folder: Path) -> Checkpoint:
@@ -52,17 +74,21 @@ def open_folder(folder: Path) -> Checkpoint:
         BaseModelError: no configuration, no weights, or no tokenizer.
     """
     file_of: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
-            file_of.update(dict.fromkeys(file.keys(), path))
+            for name in file.keys():  # noqa: SIM118 - a handle of safetensors, which is no dict
+                file_of[name], shapes[name] = path, tuple(file.get_slice(name).get_shape())
 
-    def read(name: str) -> torch.Tensor:
-        # Opened anew for each tensor, so that the mapped pages of those before it can go.
+    def rows(name: str, start: int, stop: int) -> torch.Tensor:
+        # Opened anew each time, so that the mapped pages of those before it can go.
         with safe_open(file_of[name], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
+            tensor: torch.Tensor = file.get_slice(name)[start:stop] if shapes[name] else file.get_tensor(name)[None]
         return tensor
 
-    return Checkpoint(read_config(folder), tuple(file_of), read, lambda target: _copy_companions(folder, target))
+    return Checkpoint(
+        read_config(folder), tuple(file_of), shapes.__getitem__, rows, lambda target: _copy_companions(folder, target)
+    )
 
 
 def _copy_companions(folder: Path, target: Path) -> None:

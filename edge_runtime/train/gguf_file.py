@@ -17,6 +17,7 @@ from typing import Any
 
 from edge_runtime.errors import BaseModelError, missing_extra, unknown_name
 from edge_runtime.train.checkpoint import Checkpoint
+from edge_runtime.train.gguf_reader import Stored, read_parts
 
 try:
     import gguf
@@ -104,8 +105,6 @@ PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 # Values of `tokenizer.ggml.token_type`.
 _CONTROL, _USER_DEFINED = 3, 4
-_ROWS = 4096
-"""Rows that are dequantised at once."""
 
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -115,36 +114,29 @@ def open_gguf(path: Path) -> Checkpoint:
         BaseModelError: not GGUF, another architecture, or a tensor or setting that this cannot carry over.
     """
     try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, OSError, IndexError) as error:
+        parts = read_parts(path)
+    except (ValueError, OSError) as error:
         raise BaseModelError(f"expected a GGUF file in {path}; found: {error}; fetch it again") from error
-    # The reader keeps an array object for every token, about 300 bytes each: plain values, and it can go.
-    metadata = _Metadata(path, {key: _value(field) for key, field in reader.fields.items()})
-    stored = {
-        _hf_name(path, tensor.name): _Stored(tensor.data, tensor.tensor_type, tuple(reversed(tensor.shape.tolist())))
-        for tensor in reader.tensors
-    }
+    metadata = _Metadata(path, parts.settings)
+    stored = {_hf_name(path, name): tensor for name, tensor in parts.tensors.items()}
     architecture = metadata["general.architecture"]
     if architecture not in ARCHITECTURES:
         raise BaseModelError(f"{path}: {unknown_name('architecture', architecture, ARCHITECTURES)}; give a folder")
     config = _config(metadata, architecture, stored)
     heads = _heads(config) if ARCHITECTURES[architecture].interleaved else {}
 
-    def read(name: str) -> torch.Tensor:
-        weight = _dequantised(stored[name])
+    def rows(name: str, start: int, stop: int) -> torch.Tensor:
         count = next((count for part, count in heads.items() if f".{part}." in name), None)
-        return torch.from_numpy(weight if count is None else _halves(weight, count))
+        order = None if count is None else _halves(np.arange(stored[name].shape[0]), count)[start:stop]
+        return torch.from_numpy(_dequantised(path, stored[name], slice(start, stop) if order is None else order))
 
-    return Checkpoint(config, tuple(stored), read, lambda target: _write_tokenizer(metadata, target))
-
-
-@dataclass(frozen=True, eq=False)
-class _Stored:
-    """One tensor in the file: mapped bytes, block type, and shape in torch's order."""
-
-    data: Any
-    block_type: Any
-    shape: tuple[int, ...]
+    return Checkpoint(
+        config,
+        tuple(stored),
+        lambda name: stored[name].shape,
+        rows,
+        lambda target: _write_tokenizer(metadata, target),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,19 +155,11 @@ class _Metadata:
         return self.values[key]
 
 
-def _value(field: Any) -> Any:
-    is_text = field.types[-1] == gguf.GGUFValueType.STRING
-    values = [bytes(field.parts[at]).decode() if is_text else field.parts[at].tolist()[0] for at in field.data]
-    return values if field.types[0] == gguf.GGUFValueType.ARRAY else values[0]
-
-
-def _dequantised(tensor: _Stored) -> Any:
-    """A tensor as a float32 array of its own; some rows at a time, for `dequantize` makes several copies."""
-    whole = np.empty(tensor.shape, dtype=np.float32)
-    for start in range(0, len(whole), _ROWS):
-        rows = slice(start, start + _ROWS)
-        whole[rows] = gguf.dequantize(tensor.data[rows], tensor.block_type)
-    return whole
+def _dequantised(path: Path, tensor: Stored, rows: Any) -> Any:
+    """Rows of a tensor as a float32 array of their own; `rows` is a slice or an array of indices."""
+    # Mapped anew each time, so that the pages of what was read before can go.
+    mapped = np.memmap(path, dtype=tensor.number, mode="r", offset=tensor.offset, shape=tensor.layout)
+    return np.array(gguf.dequantize(mapped[rows], tensor.block_type), dtype=np.float32)
 
 
 def _hf_name(path: Path, name: str) -> str:

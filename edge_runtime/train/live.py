@@ -56,7 +56,7 @@ def attach(base: Any, slot: Slot, *, scaling: float, held_dtype: torch.dtype = t
     """Put the slot's directions into a base model, all zero in effect until an adapter is loaded.
 
     Args:
-        base: a causal language model of transformers, quantised by bitsandbytes or not. It is changed in place, and
+        base: a causal language model of transformers, its layers quantised or not. It is changed in place, and
             all of it is frozen; `detach` undoes it.
         slot: layers by module path in `base`. Layers that hold nothing are left untouched.
         scaling: PEFT's lora_alpha / r. A power of two makes folding it exact.

@@ -15,7 +15,8 @@ pytest.importorskip("bitsandbytes")
 from edge_runtime.errors import ExportError  # noqa: E402 - after the check that torch is there
 from edge_runtime.train.base import load, prepare  # noqa: E402 - as above
 from edge_runtime.train.live import attach, load_adapter, read_all  # noqa: E402 - as above
-from export.verify import in_float32, live_logits, logits, parity  # noqa: E402 - as above
+from export.float32 import in_float32  # noqa: E402 - as above
+from export.verify import live_logits, logits, parity  # noqa: E402 - as above
 from tests.train import tiny  # noqa: E402 - as above
 
 pytestmark = pytest.mark.torch
@@ -71,9 +72,33 @@ def test_a_model_that_trains_in_bfloat16_is_compared_in_float32_and_keeps_its_bi
         assert torch.equal(tensor, before[name])
 
 
-def test_a_tied_head_stays_tied(tiny_base: Path) -> None:
+def test_a_tied_head_stays_tied_and_is_not_widened_as_a_whole(tiny_base: Path) -> None:
     model = tiny.plain_model(tiny_base).to(torch.bfloat16)
     with in_float32(model):
-        assert model.lm_head.weight.dtype == torch.float32
+        found = logits(model, PROMPTS)
+        assert model.lm_head.weight.dtype == torch.bfloat16
 
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    np.testing.assert_allclose(found, logits(model.float(), PROMPTS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8", "bf16"])
+def test_a_bfloat16_model_in_float32_computes_what_a_float32_model_of_the_same_weights_computes(
+    tiny_base: Path, tmp_path: Path, precision: str
+) -> None:
+    prepared = prepare(str(tiny_base), precision=precision, cache=tmp_path)
+    narrow = load(prepared, compute_dtype="bf16").model
+    wide = narrow.float() if precision == "bf16" else load(prepared, compute_dtype="fp32").model
+    narrow = load(prepared, compute_dtype="bf16").model
+    with in_float32(narrow):
+        found = logits(narrow, PROMPTS)
+
+    np.testing.assert_allclose(found, logits(wide, PROMPTS), rtol=0, atol=1e-5)
+
+
+def test_an_error_within_leaves_the_weights_as_they_were(tiny_base: Path) -> None:
+    model = tiny.plain_model(tiny_base).to(torch.bfloat16)
+    with pytest.raises(IndexError), in_float32(model):
+        logits(model, [(10**6,)])
+
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from edge_runtime.errors import BaseModelError, UnknownBaseError
+from tests.train import tiny
 
 pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch")
@@ -51,10 +52,10 @@ def test_a_base_is_converted_once(tiny_base: Path, tmp_path: Path) -> None:
 
 
 def test_every_precision_has_the_fingerprint_of_the_base(tiny_base: Path, tmp_path: Path) -> None:
-    found = [prepare(tiny_base, tmp_path, precision)[0] for precision in ("nf4", "bf16", "fp32")]
+    found = [prepare(tiny_base, tmp_path, precision)[0] for precision in ("nf4", "int8", "bf16", "fp32")]
 
     assert len({one.fingerprint for one in found}) == 1
-    assert len({one.folder for one in found}) == 3
+    assert len({one.folder for one in found}) == 4
 
 
 def truncate(folder: Path) -> None:
@@ -107,14 +108,29 @@ def test_a_damaged_cache_is_made_anew_and_said(tiny_base: Path, tmp_path: Path, 
     assert prepare(tiny_base, tmp_path)[1] == []
 
 
-def test_a_prepared_folder_can_be_carried_to_another_device(tmp_path: Path, nf4: Any) -> None:
-    carried = shutil.copytree(nf4.folder, tmp_path / "carried")
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+def test_a_prepared_folder_can_be_carried_to_another_device(tiny_base: Path, tmp_path: Path, precision: str) -> None:
+    made, _ = prepare(tiny_base, tmp_path / "first", precision)
+    carried = shutil.copytree(made.folder, tmp_path / "carried")
 
-    found, said = prepare(carried, tmp_path / "cache")
+    found, said = prepare(carried, tmp_path / "cache", precision)
 
-    assert (found.folder, found.fingerprint, found.label) == (carried, nf4.fingerprint, nf4.label)
+    assert (found.folder, found.fingerprint, found.label) == (carried, made.fingerprint, made.label)
     assert said == []
     assert not (tmp_path / "cache").exists()
+    assert torch.equal(*(logits_of(base.load(one, compute_dtype="fp32").model) for one in (made, found)))
+
+
+def test_a_device_too_small_to_convert_may_use_what_is_converted(tiny_base: Path, tmp_path: Path) -> None:
+    def prepare_within(memory: int) -> Any:
+        return base.prepare(str(tiny_base), precision="int8", cache=tmp_path, memory_bytes=memory)
+
+    with pytest.raises(BaseModelError, match=r"expected \d+ MiB of memory to convert .*; found 100 MiB"):
+        prepare_within(100 << 20)
+    assert not [path for path in (tmp_path / "bases").glob("*-int8*") if path.is_dir()]
+
+    made = prepare_within(1 << 40)
+    assert prepare_within(100 << 20) == made
 
 
 def test_a_carried_folder_that_is_damaged_or_of_another_precision_is_an_error(tmp_path: Path, nf4: Any) -> None:
@@ -170,18 +186,61 @@ def test_what_is_no_base_or_no_precision_is_an_error(tiny_base: Path, tmp_path: 
 # --- loading ----------------------------------------
 
 
+@pytest.fixture(scope="module")
+def int8(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The tiny base prepared as int8; read it, never write into it."""
+    return prepare(tiny_base, tmp_path_factory.mktemp("cache"), "int8")[0]
+
+
+@pytest.fixture(params=["nf4", "int8"])
+def quantised(request: pytest.FixtureRequest) -> Any:
+    """Each of the bases with quantised layers."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.mark.parametrize(("compute", "dtype"), [("bf16", "bfloat16"), ("fp32", "float32")])
-def test_a_loaded_base_is_frozen_and_computes_as_planned(nf4: Any, compute: str, dtype: str) -> None:
-    loaded = base.load(nf4, compute_dtype=compute)
+def test_a_loaded_base_is_frozen_and_computes_as_planned(quantised: Any, compute: str, dtype: str) -> None:
+    loaded = base.load(quantised, compute_dtype=compute)
 
     expected = getattr(torch, dtype)
+    packed = {"nf4": torch.uint8, "int8": torch.int8}[quantised.precision]
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
-    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.uint8, expected}
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {packed, expected}
     assert loaded.model.training
     assert loaded.model.config.use_cache is False
     assert logits_of(loaded.model).dtype == expected
     assert loaded.tokenizer.decode(loaded.tokenizer.encode("def f():", add_special_tokens=False)) == "def f():"
-    assert loaded.prepared == nf4
+    assert loaded.prepared == quantised
+
+
+@pytest.mark.parametrize(("precision", "compute"), [("bf16", "fp32"), ("fp32", "bf16"), ("int8", "fp16")])
+def test_a_base_computes_in_a_precision_that_its_weights_allow(tmp_path: Path, precision: str, compute: str) -> None:
+    allowed = {"bf16": "bf16", "fp32": "fp32", "int8": "bf16 or fp32"}[precision]
+    with pytest.raises(BaseModelError, match=f"{precision} to compute in {allowed}; found '{compute}'"):
+        base.load(base.PreparedBase(tmp_path, "0" * 64, precision, "any"), compute_dtype=compute)
+
+
+def gradients_and_logits(tiny_base: Path, cache: Path, precision: str) -> tuple[Any, Any]:
+    """Of LoRA over the base at a precision, computed in float32."""
+    live = pytest.importorskip("edge_runtime.train.live")
+    loaded = base.load(prepare(tiny_base, cache, precision)[0], compute_dtype="fp32")
+    adapted = live.attach(loaded.model, tiny.MIXED, scaling=2.0)
+    live.load_adapter(adapted, tiny.random_adapter(tiny.MIXED, size=0.1))
+    ids = torch.arange(40)[None]
+    found = adapted.model(input_ids=ids, labels=ids)
+    found.loss.backward()
+    factors = live.trainable_parameters(adapted).values()
+    return torch.cat([parameter.grad.flatten() for parameter in factors]), found.logits.detach()
+
+
+def test_eight_bit_gradients_point_where_those_of_float32_do(tiny_base: Path, tmp_path: Path) -> None:
+    """And 8 bits answer more like the original than 4."""
+    exact, eight, four = (gradients_and_logits(tiny_base, tmp_path, name) for name in ("fp32", "int8", "nf4"))
+
+    assert float(torch.nn.functional.cosine_similarity(exact[0], eight[0], dim=0)) > 0.999
+    errors = [float((found[1] - exact[1]).norm() / exact[1].norm()) for found in (eight, four)]
+    assert errors[0] < 0.02
+    assert errors[0] < errors[1] / 5
 
 
 def test_plain_bases_say_what_the_original_says(tiny_base: Path, tmp_path: Path) -> None:
@@ -229,8 +288,8 @@ def test_an_evaluation_costs_no_gradient(nf4: Any) -> None:
     assert torch.allclose(gradient.float(), weight.float().sum(0).expand(1, 12, 64), atol=0.05)
 
 
-def test_evaluation_and_training_agree(nf4: Any) -> None:
-    model = base.load(nf4, compute_dtype="bf16").model
+def test_evaluation_and_training_agree(quantised: Any) -> None:
+    model = base.load(quantised, compute_dtype="bf16").model
 
     assert torch.equal(logits_of(model.eval()), logits_of(model.train()))
 
@@ -244,6 +303,15 @@ def test_without_the_cure_the_gradient_is_lost(nf4: Any) -> None:
         layer.support_avx512bf16_for_cpu = True
 
     assert evaluate_then_train(model) is None
+
+
+def test_a_torn_file_is_an_error(tmp_path: Path, quantised: Any) -> None:
+    folder = shutil.copytree(quantised.folder, tmp_path / "torn")
+    truncate(folder)
+    torn = base.PreparedBase(folder, quantised.fingerprint, quantised.precision, "torn")
+
+    with pytest.raises(BaseModelError, match=r"expected .*torn to load; found: .*; remove it"):
+        base.load(torn, compute_dtype="bf16")
 
 
 def test_a_folder_that_transformers_cannot_load_is_an_error(tmp_path: Path, nf4: Any) -> None:

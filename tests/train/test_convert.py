@@ -55,7 +55,12 @@ def quantised_on_load(folder: Path, dtype: Any) -> Any:
     return loaded(folder, quantization_config=settings, dtype=dtype)
 
 
-def test_quantised_tensors_equal_those_of_quantising_on_load(tiny_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("piece", [1 << 20, 64 * 64])
+def test_quantised_tensors_equal_those_of_quantising_on_load(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    """However few rows are quantised at once: scales of scales span them all."""
+    monkeypatch.setattr(checkpoint, "PIECE", piece)
     reference = quantised_on_load(tiny_base, torch.float32).state_dict()
 
     ours = tensors_in(converted(tiny_base, tmp_path / "nf4", "nf4"))
@@ -92,6 +97,69 @@ def test_plain_precisions_only_round(tiny_base: Path, tmp_path: Path, precision:
     for name, tensor in tensors_in(folder).items():
         assert torch.equal(tensor, original[name].to(getattr(torch, dtype))), name
     assert torch.equal(logits_of(loaded(folder, dtype="auto")), logits_of(loaded(tiny_base, dtype=dtype)))
+
+
+def test_eight_bit_weights_do_not_depend_on_how_they_are_read(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tensors_in(converted(tiny_base, tmp_path / "whole", "int8"))
+    monkeypatch.setattr(checkpoint, "PIECE", 1)
+
+    found = tensors_in(converted(tiny_base, tmp_path / "pieces", "int8"))
+
+    original = tensors_in(tiny_base)
+    scales = {name for name in found if name.endswith(".scale")}
+    assert len(scales) == 21
+    assert found.keys() - scales == original.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, whole[name]), name
+        if tensor.dtype == torch.int8:
+            scale = found[name.replace(".weight", ".scale")].float()[:, None]
+            assert bool(((tensor * scale - original[name]).abs() <= scale * 0.501).all()), name
+        elif name not in scales:
+            assert torch.equal(tensor, original[name].bfloat16()), name
+
+
+def test_weights_that_are_not_finite_are_refused(tiny_base: Path, tmp_path: Path) -> None:
+    folder = broken(tiny_base, tmp_path)
+    tensors = tensors_in(folder)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("inf")
+    safetensors_torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(BaseModelError, match=r"expected finite weights in 'model\.layers\.1\.mlp\.up_proj\.weight'"):
+        converted(folder, tmp_path / "x", "int8")
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8", "bf16", "fp32"])
+def test_a_conversion_that_would_not_fit_is_refused_before_it_starts(
+    tiny_base: Path, tmp_path: Path, precision: str
+) -> None:
+    found = source.resolve(str(tiny_base))
+    target = tmp_path / "x"
+    target.mkdir()
+    with pytest.raises(
+        BaseModelError, match=rf"expected \d+ MiB of memory to convert .* to {precision}; found 64 MiB; .*prepare"
+    ):
+        convert.convert(found, target, precision, memory_bytes=64 << 20)
+
+    assert not list(target.iterdir())
+    convert.convert(found, target, precision, memory_bytes=1 << 40)
+
+
+def test_what_a_conversion_takes_grows_with_its_largest_tensor(tiny_base: Path) -> None:
+    """And not with the whole: the layers of a model are written as they come."""
+    small = checkpoint.open_folder(tiny_base)
+    embedding, block = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"
+    shapes = {name: small.shape(name) for name in small.names}
+
+    def needed(shape_of: dict[str, tuple[int, ...]]) -> int:
+        made = checkpoint.Checkpoint(small.config, tuple(shape_of), shape_of.__getitem__, small.rows, lambda _: None)
+        return int(convert.conversion_bytes(made, "bf16", "folder"))
+
+    wider = needed(shapes | {embedding: (512, 1 << 20)}) - needed(shapes | {embedding: (512, 1 << 19)})
+    deeper = needed(shapes | {f"{block}.{index}": (4096, 4096) for index in range(100)})
+    assert wider == 512 << 20
+    assert deeper < needed(shapes) + 3 * convert.SHARD_BYTES
 
 
 def test_large_models_are_written_in_pieces_that_load_alike(
@@ -144,7 +212,7 @@ def broken(tiny_base: Path, tmp_path: Path) -> Path:
 
 
 def test_an_unknown_precision_lists_the_known_ones(tiny_base: Path, tmp_path: Path) -> None:
-    with pytest.raises(BaseModelError, match=r"'int3'.*bf16, fp32, nf4"):
+    with pytest.raises(BaseModelError, match=r"'int3'.*bf16, fp32, int8, nf4"):
         converted(tiny_base, tmp_path / "x", "int3")
 
 

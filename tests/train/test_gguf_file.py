@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch")
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
+checkpoint = pytest.importorskip("edge_runtime.train.checkpoint")
 gguf_file = pytest.importorskip("edge_runtime.train.gguf_file")
 convert = pytest.importorskip("edge_runtime.train.convert")
 source = pytest.importorskip("edge_runtime.train.source")
@@ -130,7 +131,7 @@ def test_the_base_made_from_it_speaks_like_the_original(write_gguf: WriteGguf, t
 def test_block_types_are_dequantised_some_rows_at_a_time(
     write_gguf: WriteGguf, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_file, "_ROWS", 100)
+    monkeypatch.setattr(checkpoint, "PIECE", 6400)
     original = safetensors_torch.load_file(tiny_base / "model.safetensors")
     eight_bit = gguf.GGMLQuantizationType.Q8_0
 
@@ -141,6 +142,17 @@ def test_block_types_are_dequantised_some_rows_at_a_time(
     assert np.array_equal(found.read("model.embed_tokens.weight").numpy(), expected)
     for name in found.names:
         assert torch.allclose(found.read(name), original[name], atol=2e-3), name
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"])
+def test_any_rows_may_be_read_alone(write_gguf: WriteGguf, tiny_base: Path, name: str) -> None:
+    """Also where their order in the file is another: they are gathered from both halves of a head."""
+    original = safetensors_torch.load_file(tiny_base / "model.safetensors")
+    weight = f"model.layers.0.{name}.weight"
+    found = gguf_file.open_gguf(write_gguf())
+
+    assert found.shape(weight) == tuple(original[weight].shape)
+    assert torch.equal(found.rows(weight, 5, 23), original[weight][5:23])
 
 
 def test_families_without_paired_rows_keep_their_order(write_gguf: WriteGguf, tiny_base: Path) -> None:

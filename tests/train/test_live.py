@@ -24,6 +24,7 @@ from edge_runtime.train.base import keep_gradients  # noqa: E402 - as above
 from edge_runtime.train.live import (  # noqa: E402 - as above
     LiveModel,
     attach,
+    detach,
     load_adapter,
     read_all,
     read_trained,
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.torch
 
 TOKENS = torch.arange(3, 30).view(1, -1)
 Build = Callable[[Path], Any]
-both_precisions = pytest.mark.parametrize("build", [tiny.plain_model, tiny.nf4_model])
+every_precision = pytest.mark.parametrize("build", [tiny.plain_model, tiny.nf4_model, tiny.int8_model])
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def logits(live: LiveModel) -> Any:
         return live.model(TOKENS).logits
 
 
-@both_precisions
+@every_precision
 def test_trained_and_held_together_compute_what_one_peft_adapter_computes(
     tiny_base: Path, tmp_path: Path, build: Build
 ) -> None:
@@ -205,3 +206,44 @@ def test_a_base_model_without_the_layer_or_of_another_shape_is_refused(tiny_base
         attach(model, tiny.slot_of({tiny.layer(1, "q_proj"): (0, 0)}), scaling=1.0)
 
     assert not [name for name, _ in model.named_modules() if "lora" in name]
+
+
+@every_precision
+def test_every_trained_factor_gets_a_gradient_and_no_other(tiny_base: Path, build: Build) -> None:
+    """PEFT looks at the type of a base layer's weight; an integer one must not reach its factors."""
+    live = attach(build(tiny_base), tiny.MIXED, scaling=2.0)
+    load_adapter(live, tiny.random_adapter(tiny.MIXED))
+    live.model.train()
+    live.model(TOKENS, labels=TOKENS).loss.backward()
+    trained = {id(parameter) for parameter in trainable_parameters(live).values()}
+
+    assert {id(parameter) for parameter in live.model.parameters() if parameter.grad is not None} == trained
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in trainable_parameters(live).values())
+    assert {parameter.dtype for parameter in trainable_parameters(live).values()} == {torch.float32}
+
+
+@every_precision
+def test_what_was_attached_can_be_taken_out_without_a_trace(tiny_base: Path, build: Build) -> None:
+    base = build(tiny_base)
+    keep_gradients(base)
+    base.eval()
+    with torch.no_grad():
+        before = base(TOKENS).logits
+    kinds = {name: type(module) for name, module in base.named_modules()}
+    live = attach(base, tiny.MIXED, scaling=2.0)
+    load_adapter(live, tiny.random_adapter(tiny.MIXED))
+
+    bare = detach(live).eval()
+
+    assert {name: type(module) for name, module in bare.named_modules()} == kinds
+    with torch.no_grad():
+        assert torch.equal(bare(TOKENS).logits, before)
+
+
+def test_an_adapter_cannot_be_merged_into_integers_by_mistake(tiny_base: Path) -> None:
+    """Rounded into the integers it would be lost, all or most of it."""
+    live = attach(tiny.int8_model(tiny_base), tiny.MIXED, scaling=2.0)
+    load_adapter(live, tiny.random_adapter(tiny.MIXED))
+
+    with pytest.raises(RuntimeError, match="can't be cast"):
+        live.model.merge_and_unload()

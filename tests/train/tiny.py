@@ -100,3 +100,17 @@ def nf4_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=config, dtype=torch.float32, device_map="cpu"
     )
+
+
+def int8_model(folder: Path) -> Any:
+    """The tiny base model with 8-bit linear layers, all but its head, that computes in float32."""
+    import torch  # noqa: PLC0415 - a heavy extra
+
+    from edge_runtime.train.eight_bit import Int8Linear  # noqa: PLC0415 - as above
+
+    model = plain_model(folder)
+    for name, module in list(model.named_modules()):
+        if type(module) is torch.nn.Linear and module is not model.get_output_embeddings():
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, Int8Linear.of(module))
+    return model
