@@ -1,24 +1,14 @@
 """Predicted peak memory of one training process: a sum of named parts, each from a formula or a measurement.
 
-    runtime         the interpreter with torch, transformers, peft and bitsandbytes, after its first step
-    client          this project's own libraries, and the tokenizer
-    base_weights    linear weights at the plan's precision
-    embeddings      embedding, head and norms in the compute type
-    dequantised     the largest 4-bit weight, opened for one product
-    held_adapter    all directions as they were received, and the frozen ones again in the live model, in float32
-    trained_adapter parameter, gradient and two Adam moments in float32: 16 bytes each
-    activations     what the backward pass needs of every trained layer; with checkpointing the input of each, and all
-                    of the one that is being recomputed. Layers below the first trained one keep nothing.
-    logits          one chunk of the head's output, its softmax and its gradient
-    slack           memory that the allocator holds without using it
+`PARTS` explains each. The peak is what the kernel calls the resident set at its largest, pages of files included.
 
 Source of the activations per token and layer: read in transformers' Llama and peft's Linear4bit, and equal to what
 `torch.autograd.graph.saved_tensors_hooks` counted on SmolLM2-135M (28,084 bytes at 128 tokens in bf16 with q, k, v, o
 as targets: this formula gives 28,076). NF4 with double quantisation: 0.5 B per weight, one 8-bit scale per 64 and one
-float32 per 16,384 weights (Dettmers et al., QLoRA, arXiv 2305.14314, section 3). The constants were measured as VmHWM
-of fresh processes on x86-64 Linux: SmolLM2-135M, torch 2.13 (CPU), transformers 4.57, peft 0.21, bitsandbytes 0.50,
-one thread, up to 60 steps. The base is taken to be on disk at its precision: quantising while loading needs more.
-Predictions for GPUs follow the same formulas and are not measured.
+float32 per 16,384 weights (Dettmers et al., QLoRA, arXiv 2305.14314, section 3). The constants were fitted on fresh
+processes on x86-64 Linux (torch 2.13 for CPUs, transformers 4.57, peft 0.21, bitsandbytes 0.50) with the heap kept in
+order by `edge_runtime.train.heap`; benchmarks/memory_prediction.py says how far the sums are from the truth. The base
+is taken to be on disk at its precision. Predictions for GPUs follow the same formulas and are not measured.
 """
 
 from __future__ import annotations
@@ -31,7 +21,7 @@ from profiles.card import ModelCard
 from profiles.device import MIB
 
 # Bytes per weight of a linear layer.
-PRECISIONS: Mapping[str, float] = {"nf4": 0.5 + 1 / 64 + 4 / 16384, "bf16": 2.0, "fp32": 4.0}
+PRECISIONS: Mapping[str, float] = {"nf4": 0.5 + 1 / 64 + 4 / 16384, "int8": 1.0, "bf16": 2.0, "fp32": 4.0}
 
 # Bytes per number of activations and embeddings.
 COMPUTE_DTYPES: Mapping[str, int] = {"bf16": 2, "fp32": 4}
@@ -42,7 +32,7 @@ FP32_BYTES = 4
 # The loss is computed over as many tokens at a time as fit their float32 logits in here.
 LOGITS_BYTES = 16 * MIB
 
-RUNTIME_BYTES = 433 * MIB
+RUNTIME_BYTES = 408 * MIB
 CLIENT_BYTES = 18 * MIB
 TOKENIZER_BYTES_PER_ENTRY = 700
 # A CUDA context with its libraries, on the card; what is published lies between 0.3 and 0.6 GB.
@@ -55,15 +45,26 @@ FLOORS: Mapping[str, int] = {
     "shared": RUNTIME_BYTES + CUDA_CONTEXT_BYTES,
 }
 
-# glibc's heap cannot return what lies between live tensors. Measured worst cases, of activations kept without
-# checkpointing and of dequantised weights when checkpointed; float32 fragments more. Requests above 32 MiB are mapped
-# one by one and leave no holes.
-HEAP_BYTES = 45 * MIB
-HEAP_SHARE_OF_ACTIVATIONS: Mapping[str, float] = {"bf16": 0.7, "fp32": 1.6}
-HEAP_SHARE_OF_DEQUANTISED = 0.6
-HEAP_LARGEST = 32 * MIB
+# What the backward pass through one layer needs for a moment, as a share of what the layer keeps.
+GRADIENTS_SHARE = 1.0
+# Pages of glibc's heap that are held without use, as a share of what comes and goes between two releases of it.
+HEAP_SHARE = 1.0
 # CUDA's caching allocator rounds and keeps blocks: a tenth of what comes and goes.
 GPU_SHARE = 0.1
+
+PARTS: Mapping[str, str] = {
+    "runtime": "interpreter, torch, transformers, peft and bitsandbytes after their first step; on a GPU its context",
+    "client": "this project's own libraries, and the tokenizer by its vocabulary",
+    "base_weights": "linear weights at the plan's precision, with their scales",
+    "embeddings": "embedding, head and norms in the compute type",
+    "dequantised": "the largest quantised weight, opened for one product",
+    "held_adapter": "directions that are held and not trained, float32, and what was received of the trained ones",
+    "trained_adapter": "parameter, gradient and two Adam moments of each trained direction: 16 bytes each",
+    "activations": "kept for the backward pass: all of every trained layer; with checkpointing the input of each",
+    "backward": "one layer in its backward pass: its gradients, and with checkpointing all that it recomputes",
+    "logits": "one chunk of the head's output in both types",
+    "slack": "pages that the allocator holds without using them",
+}
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,12 @@ class Setting:
         rank: directions trained in each target of each trained layer.
         held: directions held in each target of every layer, the trained ones included.
         layers_trained: the last so many layers are trained.
-        precision: how the base's linear weights are kept: nf4, bf16 or fp32.
+        precision: how the base's linear weights are kept: nf4, int8, bf16 or fp32.
         compute_dtype: type of activations and products: bf16 or fp32.
         micro_batch: sequences per forward pass.
         max_length: tokens per sequence.
         gradient_checkpointing: recompute each trained layer in the backward pass.
+        trained_modules: those of the target modules that are trained; the others are held only. None for all.
     """
 
     target_modules: tuple[str, ...]
@@ -91,6 +93,7 @@ class Setting:
     micro_batch: int = 1
     max_length: int = 256
     gradient_checkpointing: bool = True
+    trained_modules: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -102,6 +105,15 @@ class Setting:
         counts = (self.layers_trained, self.micro_batch, self.max_length)
         if min(counts) < 1:
             raise ConfigError(f"layers trained, micro-batch and length are at least 1; found {counts}")
+        if not self.trained or not set(self.trained) <= set(self.target_modules):
+            raise ConfigError(
+                f"expected at least one trained module out of {', '.join(self.target_modules)}; found {self.trained}"
+            )
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The modules that are trained."""
+        return self.target_modules if self.trained_modules is None else self.trained_modules
 
     @property
     def tokens(self) -> int:
@@ -111,7 +123,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Predicted peak, part by part, in bytes; the module's docstring explains each."""
+    """Predicted peak, part by part, in bytes; `PARTS` explains each."""
 
     runtime: int
     client: int
@@ -121,6 +133,7 @@ class MemoryEstimate:
     held_adapter: int
     trained_adapter: int
     activations: int
+    backward: int
     logits: int
     slack: int
 
@@ -131,7 +144,7 @@ class MemoryEstimate:
 
     @property
     def parts(self) -> dict[str, int]:
-        """Part → bytes, in the order of the docstring."""
+        """Part → bytes, in the order of `PARTS`."""
         return {part.name: getattr(self, part.name) for part in fields(self)}
 
     def describe(self, most: int | None = None) -> str:
@@ -156,30 +169,33 @@ def estimate(card: ModelCard, setting: Setting, pool: str = "host") -> MemoryEst
         raise ConfigError(unknown_name("memory pool", pool, FLOORS))
     if setting.layers_trained > card.num_layers:
         raise ConfigError(f"{card.name} has {card.num_layers} layers; found {setting.layers_trained} to be trained")
-    adapter_per_rank = card.rank_parameters(setting.target_modules)
-    trained = setting.rank * setting.layers_trained * adapter_per_rank
-    held = setting.held * card.num_layers * adapter_per_rank
-    activations, recomputed = _activations(card, setting)
-    dequantised = _dequantised(card, setting)
-    logits = _logits(card, setting)
+    trained = setting.rank * setting.layers_trained * card.rank_parameters(setting.trained)
+    held = setting.held * card.num_layers * card.rank_parameters(setting.target_modules)
+    layer = setting.tokens * saved_bytes_per_token(card, setting)
+    entry = setting.tokens * card.hidden_size * COMPUTE_DTYPES[setting.compute_dtype]
+    again = layer if setting.gradient_checkpointing else 0
+    kept = (entry if setting.gradient_checkpointing else layer) * setting.layers_trained
+    backward = again + int(GRADIENTS_SHARE * layer)
+    share = HEAP_SHARE if pool == "host" else GPU_SHARE
     return MemoryEstimate(
         runtime=FLOORS[pool],
         client=0 if pool == "gpu" else CLIENT_BYTES + TOKENIZER_BYTES_PER_ENTRY * card.vocab_size,
-        base_weights=int(card.linear_parameters * PRECISIONS[setting.precision]),
+        base_weights=_base_weights(card, setting),
         embeddings=_embeddings(card, setting, pool),
-        dequantised=dequantised,
-        held_adapter=(held + held - trained) * FP32_BYTES,
+        dequantised=_dequantised(card, setting),
+        held_adapter=held * FP32_BYTES,
         trained_adapter=trained * TRAINED_BYTES,
-        activations=activations + recomputed,
-        logits=logits,
-        slack=_slack(card, setting, pool, activations, recomputed + dequantised + logits),
+        activations=kept,
+        backward=backward,
+        logits=_logits(card, setting),
+        slack=int(share * again),
     )
 
 
 def saved_bytes_per_token(card: ModelCard, setting: Setting) -> int:
     """What one trained layer keeps of one token for its backward pass, in bytes."""
     width = COMPUTE_DTYPES[setting.compute_dtype]
-    targets = set(setting.target_modules)
+    targets = set(setting.trained)
     norms = 2 * (card.hidden_size * FP32_BYTES + FP32_BYTES)
     # q, k and v as attention sees them (k and v repeated for every head), and its output; log-sum-exp per head; mask.
     attention = 4 * card.num_heads * card.head_dim * width + card.num_heads * FP32_BYTES + setting.max_length * width
@@ -193,42 +209,27 @@ def saved_bytes_per_token(card: ModelCard, setting: Setting) -> int:
     return norms + attention + mlp + FP32_BYTES * (inputs + setting.rank * len(targets))
 
 
-def _activations(card: ModelCard, setting: Setting) -> tuple[int, int]:
-    """(kept from forward to backward, recomputed one layer at a time), in bytes."""
-    layer = setting.tokens * saved_bytes_per_token(card, setting)
-    if not setting.gradient_checkpointing:
-        return layer * setting.layers_trained, 0
-    entry = setting.tokens * card.hidden_size * COMPUTE_DTYPES[setting.compute_dtype]
-    return entry * setting.layers_trained, layer
+def _base_weights(card: ModelCard, setting: Setting) -> int:
+    scales = sum(d_out for d_out, _ in card.projections.values()) * card.num_layers * 2
+    return int(card.linear_parameters * PRECISIONS[setting.precision]) + (scales if setting.precision == "int8" else 0)
 
 
 def _embeddings(card: ModelCard, setting: Setting, pool: str) -> int:
     numbers = card.embedding_parameters + card.vector_parameters
-    if setting.compute_dtype == "fp32" and pool == "host":
+    if setting.compute_dtype == "fp32" and setting.precision == "nf4" and pool == "host":
         return numbers * (4 + 2)  # the bf16 file stays mapped beside the float32 copy
     return numbers * COMPUTE_DTYPES[setting.compute_dtype]
 
 
 def _dequantised(card: ModelCard, setting: Setting) -> int:
-    """The largest linear weight in the compute type, and in float32 on its way there."""
-    if setting.precision != "nf4":
+    """The largest linear weight in the compute type."""
+    if setting.precision not in ("nf4", "int8"):
         return 0
-    largest = max(d_out * d_in for d_out, d_in in card.projections.values())
-    return largest * (COMPUTE_DTYPES[setting.compute_dtype] + FP32_BYTES)
+    return max(d_out * d_in for d_out, d_in in card.projections.values()) * COMPUTE_DTYPES[setting.compute_dtype]
 
 
 def _logits(card: ModelCard, setting: Setting) -> int:
-    """A chunk's logits in the compute type, in float32 with softmax in place, and their gradient."""
+    """A chunk's logits in float32, and in the compute type where that is another one."""
     chunk = max(1, min(LOGITS_BYTES // (FP32_BYTES * card.vocab_size), setting.tokens))
-    return chunk * card.vocab_size * (FP32_BYTES + 2 * COMPUTE_DTYPES[setting.compute_dtype])
-
-
-def _slack(card: ModelCard, setting: Setting, pool: str, kept: int, passing: int) -> int:
-    if pool != "host":
-        return int(GPU_SHARE * (kept + passing))
-    if not setting.gradient_checkpointing:
-        return HEAP_BYTES + int(HEAP_SHARE_OF_ACTIVATIONS[setting.compute_dtype] * kept)
-    width = COMPUTE_DTYPES[setting.compute_dtype]
-    opened = [d_out * d_in * width for d_out, d_in in card.projections.values() if setting.precision == "nf4"]
-    holes = sum(size for size in opened if size <= HEAP_LARGEST)
-    return HEAP_BYTES + int(HEAP_SHARE_OF_DEQUANTISED * holes * setting.layers_trained)
+    other = COMPUTE_DTYPES[setting.compute_dtype]
+    return chunk * card.vocab_size * (FP32_BYTES + (other if other != FP32_BYTES else 0))

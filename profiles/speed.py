@@ -1,65 +1,130 @@
-"""Predicted seconds per optimiser step, from the measured rate of matrix products: first form.
+"""Predicted seconds per optimiser step, from what the probe measured on this very device.
 
-    pass = products / (EFFICIENCY · rate) + layer passes · LAYER_SECONDS + weights opened · OPEN_SECONDS
-    step = accumulation · pass
+    step = accumulation · (products + opened + traffic + calls)
 
-Products: two floating-point operations per weight and token in the forward pass of every layer, as many for the
-gradient of the inputs of every trained layer (frozen weights have none of their own), once more for each that is
-recomputed; the adapters' own (forward, and both gradients of what is trained); and the head, forward and backward.
-Attention's products, quadratic in the length, are counted too.
+`PARTS` explains each. Products are counted as two operations per weight and token in the forward pass of every layer,
+as many for the gradient of the inputs of every trained layer (frozen weights have none of their own), once more for
+each that is recomputed; the adapters' own; the head, forward and backward; attention's, quadratic in the length.
 
-Source: the count is arithmetic; the three constants were fitted on SmolLM2-135M at 128 to 512 tokens on one thread of
-x86-64 with avx512_bf16 (1.00 s predicted and 0.85 s found at best for 30 layers, rank 8, 128 tokens in bf16). Expect a
-third either way on another machine: the time that memory takes is not modelled.
+Source: the counts are arithmetic and were read in transformers' Llama and in peft; the factors below were fitted on
+runs of benchmarks/speed_prediction.py on two cores of x86-64. Examples are taken to have full length: shorter ones
+take less.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from edge_runtime.errors import ConfigError
 from profiles.card import ModelCard
 from profiles.device import DeviceProfile
-from profiles.memory import Setting
+from profiles.memory import FP32_BYTES, Setting, saved_bytes_per_token
 
-# Of the rate of bare products, what a whole training step reaches: norms, activations and copies take the rest.
-EFFICIENCY = 0.55
-# Calling the operations of one layer once, whatever their size.
-LAYER_SECONDS = 0.002
-# Opening one 4-bit weight, once per pass.
-OPEN_SECONDS = 3e-10
+# Times that a product takes what it would at the measured rate: those of attention and of adapters are thin.
+ATTENTION_TIMES = 2.5
+ADAPTER_TIMES = 4.0
+# A backward pass of attention, in forward passes.
+ATTENTION_BACKWARD = 2.5
+# Times that opening a weight takes what it does in a cache.
+OPENED_TIMES = 3.0
+# Times that what a layer keeps for its backward pass goes through memory, in one pass over the layer: norms,
+# activations and residuals; and the same of what enters and leaves an adapter in float32, with casts, scaling and sums.
+TRAFFIC_TIMES = 10.0
+ADAPTER_TRAFFIC_TIMES = 36.0
+# Small bare calls that one pass over a layer is worth: some 340 operations, each nine times as dear as a bare one, for
+# Python, modules and autograd around it.
+CALLS_PER_LAYER = 3050
+
+PARTS: Mapping[str, str] = {
+    "products": "matrix products of layers and head, at the measured rate of the model's own shapes",
+    "attention": "products of attention, quadratic in the length",
+    "adapters": "products of what is held and trained, in float32",
+    "opened": "quantised weights opened at the measured rate, once in each pass over a layer",
+    "traffic": "what norms, activations, casts and attention read and write, at the measured bandwidth",
+    "calls": "operations started, at the measured cost of one: most of the time of small models on slow processors",
+}
+
+_OPENED: Mapping[str, str] = {"nf4": "nf4_gweights_s", "int8": "int8_gweights_s"}
+
+
+def shapes(card: ModelCard, tokens: int = 128) -> tuple[tuple[int, int, int], ...]:
+    """(tokens, d_in, d_out) of the model's own products, each once: where the probe should measure rates."""
+    return tuple(sorted({(tokens, d_in, d_out) for d_out, d_in in card.projections.values()}))
+
+
+def measured(profile: DeviceProfile, setting: Setting) -> bool:
+    """Whether the profile has every rate that a prediction for this setting needs."""
+    return not _missing(profile, setting)
 
 
 def seconds_per_step(profile: DeviceProfile, card: ModelCard, setting: Setting, accumulation: int = 1) -> float:
     """Predicted seconds of one optimiser step.
 
     Args:
-        profile: a device whose matrix products were measured.
+        profile: a device whose rates were measured.
         card: the base model.
         setting: how it is trained.
         accumulation: forward passes per optimiser step.
 
     Raises:
-        ConfigError: the profile has no measured rate for the setting's compute type.
+        ConfigError: the profile lacks a rate that this setting needs.
         BaseModelError: a target module that the model does not have.
     """
-    rate = profile.gemm_bf16_gflops if setting.compute_dtype == "bf16" else profile.gemm_fp32_gflops
-    if rate <= 0:
-        raise ConfigError(
-            f"{profile.name} has no measured rate of {setting.compute_dtype} products; probe it with measurements"
-        )
-    trained = setting.layers_trained
-    passes = card.num_layers + trained * (2 if setting.gradient_checkpointing else 1)
-    opened = passes * card.layer_linear_parameters if setting.precision == "nf4" else 0
-    products = operations(card, setting) / (EFFICIENCY * rate * 1e9)
-    return accumulation * (products + passes * LAYER_SECONDS + opened * OPEN_SECONDS)
+    missing = _missing(profile, setting)
+    if missing:
+        raise ConfigError(f"{profile.name} has no measured {', '.join(missing)}; probe it with measurements")
+    return accumulation * sum(parts(profile, card, setting).values())
 
 
-def operations(card: ModelCard, setting: Setting) -> int:
-    """Floating-point operations of one forward and backward pass."""
+def parts(profile: DeviceProfile, card: ModelCard, setting: Setting) -> dict[str, float]:
+    """Part (a key of `PARTS`) → seconds of one forward and backward pass."""
+    again = setting.layers_trained if setting.gradient_checkpointing else 0
+    passes = card.num_layers + again + setting.layers_trained
+    opened = 0.0
+    if setting.precision in _OPENED:
+        rate = getattr(profile, _OPENED[setting.precision]) * 1e9
+        opened = OPENED_TIMES * passes * card.layer_linear_parameters / rate
+    adapters = 2 if setting.held > setting.rank else 1
+    inside = sum(sum(card.shape(module)) for module in setting.target_modules) * FP32_BYTES * adapters
+    per_token = TRAFFIC_TIMES * saved_bytes_per_token(card, setting) + ADAPTER_TRAFFIC_TIMES * inside
+    counted = operations(card, setting)
+    rate = _rate(profile, setting) * 1e9
+    return {
+        "products": counted["dense"] / rate,
+        "attention": ATTENTION_TIMES * counted["attention"] / rate,
+        "adapters": ADAPTER_TIMES * counted["adapters"] / (profile.gemm_fp32_gflops * 1e9),
+        "opened": opened,
+        "traffic": passes * setting.tokens * per_token / (profile.memory_bandwidth_gb_s * 1e9),
+        "calls": passes * CALLS_PER_LAYER * profile.op_overhead_us * 1e-6,
+    }
+
+
+def operations(card: ModelCard, setting: Setting) -> dict[str, int]:
+    """Floating-point operations of one forward and backward pass: dense layers and head, attention, adapters."""
     tokens, trained, layers = setting.tokens, setting.layers_trained, card.num_layers
     again = trained if setting.gradient_checkpointing else 0
-    per_rank = card.rank_parameters(setting.target_modules)
-    attention = 2 * setting.max_length * card.num_heads * card.head_dim
-    layer = 2 * tokens * (card.layer_linear_parameters + attention + setting.held * per_rank)
-    gradients = 2 * tokens * trained * setting.rank * per_rank
-    head = 2 * tokens * card.vocab_size * card.hidden_size
-    return layer * (layers + trained + again) + gradients + 2 * head
+    passes = layers + again + trained
+    attention = 4 * tokens * setting.max_length * card.num_heads * card.head_dim
+    adapters = setting.held * passes * card.rank_parameters(setting.target_modules)
+    gradients = setting.rank * trained * card.rank_parameters(setting.trained)
+    return {
+        "dense": 2 * tokens * (passes * card.layer_linear_parameters + 2 * card.vocab_size * card.hidden_size),
+        "attention": int(attention * (layers + again + ATTENTION_BACKWARD * trained)),
+        "adapters": 2 * tokens * (adapters + gradients),
+    }
+
+
+def _rate(profile: DeviceProfile, setting: Setting) -> float:
+    return profile.gemm_bf16_gflops if setting.compute_dtype == "bf16" else profile.gemm_fp32_gflops
+
+
+def _missing(profile: DeviceProfile, setting: Setting) -> list[str]:
+    needed = {
+        f"rate of {setting.compute_dtype} products": _rate(profile, setting),
+        "rate of fp32 products": profile.gemm_fp32_gflops,
+        "memory bandwidth": profile.memory_bandwidth_gb_s,
+        "cost of a call": profile.op_overhead_us,
+    }
+    if setting.precision in _OPENED:
+        needed[f"rate of opening {setting.precision} weights"] = getattr(profile, _OPENED[setting.precision])
+    return [name for name, value in needed.items() if value <= 0]

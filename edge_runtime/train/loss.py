@@ -75,6 +75,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 # softmax minus one-hot, in place: the chunk's logits are needed no more.
                 logits.sub_(norm).exp_().scatter_add_(1, target, -torch.ones_like(norm))
                 gradient[part] = (logits.to(weight.dtype) @ weight).to(hidden.dtype)
+            del logits  # or it would stay until the next chunk's are there
         ctx.save_for_backward(gradient)
         return total
 

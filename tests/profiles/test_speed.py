@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from edge_runtime.errors import ConfigError
 from profiles.catalogue import device
 from profiles.memory import Setting
-from profiles.speed import operations, seconds_per_step
+from profiles.speed import PARTS, operations, parts, seconds_per_step, shapes
 from tests.profiles.cards import ATTENTION, smollm2
+from tests.profiles.measured import MEASURED
 
 SETTING = Setting(ATTENTION, 8, 8, 30, max_length=128)
 
@@ -25,14 +26,14 @@ def test_a_faster_device_takes_less_time() -> None:
 
 
 def test_checkpointing_costs_a_quarter_to_a_half() -> None:
-    with_it = operations(smollm2(), SETTING)
-    without = operations(smollm2(), replace(SETTING, gradient_checkpointing=False))
+    with_it = seconds_per_step(MEASURED, smollm2(), SETTING)
+    without = seconds_per_step(MEASURED, smollm2(), replace(SETTING, gradient_checkpointing=False))
 
     assert 1.25 <= with_it / without <= 1.5
 
 
 def test_training_fewer_layers_takes_less_time() -> None:
-    profile = device("jetson-orin-nano")
+    profile = MEASURED
 
     last = seconds_per_step(profile, smollm2(), replace(SETTING, layers_trained=5))
 
@@ -41,7 +42,7 @@ def test_training_fewer_layers_takes_less_time() -> None:
 
 @given(steps=st.integers(1, 64))
 def test_accumulation_multiplies(steps: int) -> None:
-    profile = device("desktop-gpu")
+    profile = MEASURED
 
     one = seconds_per_step(profile, smollm2(), SETTING)
 
@@ -51,7 +52,26 @@ def test_accumulation_multiplies(steps: int) -> None:
 def test_the_products_are_at_least_two_per_weight_and_token_each_way() -> None:
     card = smollm2()
 
-    assert operations(card, replace(SETTING, gradient_checkpointing=False)) >= 4 * 128 * card.linear_parameters
+    open_setting = replace(SETTING, gradient_checkpointing=False)
+    assert operations(card, open_setting)["dense"] >= 4 * 128 * card.linear_parameters
+
+
+def test_every_part_is_explained_and_they_add_up() -> None:
+    found = parts(MEASURED, smollm2(), SETTING)
+
+    assert list(found) == list(PARTS)
+    assert sum(found.values()) == seconds_per_step(MEASURED, smollm2(), SETTING)
+
+
+@pytest.mark.parametrize("rate", ["gemm_bf16_gflops", "nf4_gweights_s", "memory_bandwidth_gb_s"])
+def test_a_faster_rate_never_makes_a_step_slower(rate: str) -> None:
+    faster = replace(MEASURED, **{rate: 2 * getattr(MEASURED, rate)})
+
+    assert seconds_per_step(faster, smollm2(), SETTING) < seconds_per_step(MEASURED, smollm2(), SETTING)
+
+
+def test_the_probe_measures_each_shape_of_the_model_once() -> None:
+    assert shapes(smollm2()) == ((128, 576, 192), (128, 576, 576), (128, 576, 1536), (128, 1536, 576))
 
 
 def test_a_rate_that_nobody_measured_is_refused() -> None:
