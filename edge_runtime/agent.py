@@ -1,6 +1,8 @@
 """One device's protocol: event in → state and actions out. No I/O, no clock, no randomness.
 
     joining ──directive, plan──▶ hello ──train──▶ fetch ▶ train ▶ offer ⇄ need ▶ accepted ──▶ idle ──▶ … finish ▶ left
+                  ▲                                         │
+                  └───────── memory did not suffice ────────┘
 
 `client` performs the actions and feeds back what happened; `simulation` does the same in virtual time. A device obeys
 the Directive and never learns by which method the server merges. Whatever the broker forgets, the device says again on
@@ -12,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from edge_runtime.trainer import AdapterSpec
+from edge_runtime.trainer import AdapterSpec, Training
 from edge_runtime.wire.messages import Accepted, Directive, Hello, Message, Need, Offer, Rejected, Welcome
 
 
@@ -76,6 +78,11 @@ class Trained:
 
 
 @dataclass(frozen=True)
+class Exhausted:
+    """Memory did not suffice for the work under way; it needs a smaller plan, and then to be done again."""
+
+
+@dataclass(frozen=True)
 class Finished:
     """The personal adapter is made and reported."""
 
@@ -85,7 +92,7 @@ class Repeat:
     """Time passed, or the connection is new: say again what has not been answered."""
 
 
-Event = Received | Planned | Fetched | Trained | Finished | Repeat
+Event = Received | Planned | Fetched | Trained | Exhausted | Finished | Repeat
 
 # ── actions ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -99,9 +106,10 @@ class Say:
 
 @dataclass(frozen=True)
 class MakePlan:
-    """Probe, plan for this kind of adapter, and answer with Planned."""
+    """Probe, plan for this kind of adapter and rounds like these, and answer with Planned, or with Exhausted."""
 
     spec: AdapterSpec
+    training: Training
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,7 @@ class Fetch:
 
 @dataclass(frozen=True)
 class Train:
-    """Train as the directive says, put the update into the outbox, and answer with Trained."""
+    """Train as the directive says, put the update into the outbox, and answer with Trained, or with Exhausted."""
 
     directive: Directive
 
@@ -145,7 +153,7 @@ class Adopt:
 
 @dataclass(frozen=True)
 class Finish:
-    """Make the personal adapter from the directive's version, report it, and answer with Finished."""
+    """Make the personal adapter from the directive's version, report it, and answer with Finished, or Exhausted."""
 
     directive: Directive
 
@@ -181,6 +189,9 @@ def step(state: State, event: Event) -> tuple[State, list[Action]]:
             # While it trained, the fleet may have begun anew; then there is nobody to take this update.
             if run == state.run:
                 state, actions = replace(state, outbox=offer), [Say(offer)]
+        case Exhausted():
+            # As for a device that comes new: the server must know its new rank before it trains with it.
+            state = replace(state, hello=None, welcomed=False, busy="")
         case Finished():
             return replace(state, busy="", left=True), [Leave()]
         case Repeat():
@@ -259,7 +270,7 @@ def _advance(state: State) -> tuple[State, list[Action]]:
     if directive is None or state.busy or state.left:
         return state, []
     if state.hello is None:
-        return replace(state, busy="planning"), [MakePlan(directive.adapter)]
+        return replace(state, busy="planning"), [MakePlan(directive.adapter, directive.training)]
     if _wanted(state, state.hello, directive):
         return replace(state, busy="fetching"), [Fetch(directive)]
     return state, []

@@ -5,17 +5,23 @@ The trainer is a seam (`edge_runtime.trainer`); `edge_runtime.train.local` is th
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from edge_runtime import agent
-from edge_runtime.errors import EdgeRuntimeError, FingerprintMismatchError, RejectedError, WireError
+from edge_runtime.errors import (
+    DeviceMemoryError,
+    EdgeRuntimeError,
+    FingerprintMismatchError,
+    RejectedError,
+    WireError,
+)
+from edge_runtime.keeper import Keeper, Watch
 from edge_runtime.lora.adapter import Adapter, Slot
 from edge_runtime.lora.algebra import cut
 from edge_runtime.state import DeviceState
-from edge_runtime.trainer import AdapterSpec, Delivered, StepReport, Trainer
+from edge_runtime.trainer import AdapterSpec, Delivered, StepReport, Trainer, Training
 from edge_runtime.wire import bands, blobs, codec, topics
 from edge_runtime.wire.messages import (
     Directive,
@@ -69,7 +75,7 @@ class Client:
         trainer: plans and trains.
         deliver: exports the personal adapter of the live model and verifies it; called once, at the end.
         say: told a sentence for people whenever something happens.
-        clock: seconds, monotonic.
+        watch: where it looks while it works, clock and sensors among it.
     """
 
     def __init__(
@@ -81,18 +87,22 @@ class Client:
         trainer: Trainer,
         deliver: Callable[[], Delivered],
         say: Callable[[str], None],
-        clock: Callable[[], float] = time.monotonic,
+        watch: Watch | None = None,
     ) -> None:
         self._name, self._fleet, self._chunk_bytes = identity.client, identity.fleet, identity.chunk_bytes
         self._transport, self._disk, self._trainer = transport, state, trainer
-        self._deliver, self._say, self._clock = deliver, say, clock
+        watch = watch or Watch()
+        self._deliver, self._say, self._clock = deliver, say, watch.clock
         outbox = state.outbox
         self._state = agent.start(self._name, state.run, outbox[0] if outbox else None, state.settled)
         self._slot: Slot | None = None
         self._wanted: dict[str, dict[int, bytes]] = {}
         self._directive: Directive | None = None
         self._progress = Progress()
-        self._heard = clock()
+        self._heard = watch.clock()
+        self._keeper = Keeper(state, watch, say=say)
+        self._gate = self._keeper.gate(lambda reason: self._report("paused", detail=reason[:1024]))
+        self._stepped_down = self._keeper.woken()
 
     @property
     def left(self) -> bool:
@@ -165,12 +175,12 @@ class Client:
                 # An answer is due from now on, however long the work before it took.
                 self._heard = self._clock()
                 self._publish(message)
-            case agent.MakePlan(spec):
-                self._working(lambda: self._introduce(spec))
+            case agent.MakePlan(spec, training):
+                self._working("planning", lambda: self._introduce(spec, training))
             case agent.Fetch(directive):
                 self._fetch(directive)
             case agent.Train(directive):
-                self._working(lambda: self._train(directive))
+                self._working(f"training round {directive.round}", lambda: self._train(directive))
             case agent.SendChunks(offer, ranges):
                 self._send(offer, ranges)
             case agent.Settle(round_number):
@@ -178,26 +188,41 @@ class Client:
             case agent.Adopt(run):
                 self._disk.adopt(run)
             case agent.Finish(directive):
-                self._working(lambda: self._finish(directive))
+                self._working("making its personal adapter", lambda: self._finish(directive))
             case agent.Leave(refusal):
                 if refusal is not None:
                     raise _refused(refusal)
 
-    def _working(self, work: Callable[[], agent.Event]) -> None:
-        """Do a piece of work; if it fails, tell the server before this process ends."""
+    def _working(self, doing: str, work: Callable[[], agent.Event]) -> None:
+        """Do a piece of work. If memory does not suffice, plan a smaller one; if it fails, tell the server and end."""
+        self._keeper.begin(doing)
         try:
-            event = work()
+            event = self._stepping_down(work)
         except EdgeRuntimeError as error:
+            self._keeper.end()
             self._report("failed", detail=str(error)[:1024])
             self._transport.flush(5.0)
             raise
+        except KeyboardInterrupt:
+            self._keeper.end()
+            raise
+        self._keeper.end()
         self._apply(event)
 
-    def _introduce(self, spec: AdapterSpec) -> agent.Event:
-        intro = self._trainer.introduce(spec)
+    def _stepping_down(self, work: Callable[[], agent.Event]) -> agent.Event:
+        try:
+            return work()
+        except DeviceMemoryError as error:
+            self._stepped_down = self._keeper.exhausted(error)
+            return agent.Exhausted()
+
+    def _introduce(self, spec: AdapterSpec, training: Training) -> agent.Event:
+        intro = self._trainer.introduce(spec, training, self._keeper.ceiling, self._keeper.planned)
         self._slot = intro.slot
         self._say(f"plan: {intro.plan}")
-        self._report("planned", detail=intro.plan)
+        # What made the plan smaller is said once, with the plan that it led to.
+        why, self._stepped_down = self._stepped_down, ""
+        self._report("planned", detail="; ".join(filter(None, (intro.plan, why)))[:1024])
         return agent.Planned(
             Hello(
                 client=self._name,
@@ -269,6 +294,7 @@ class Client:
         self._progress.losses = self._progress.losses.model_copy(update={"base": known})
 
     def _train(self, directive: Directive) -> agent.Event:
+        self._wait_for_go()
         self._trainer.receive(self._received(directive))
         if directive.version == 0:
             self._evaluate_base()
@@ -278,7 +304,8 @@ class Client:
         result = self._trainer.train(
             directive.training,
             directive.round,
-            lambda at: self._report("training", step=at.step, steps=at.steps, loss=at.loss),
+            self._step("training"),
+            self._gate,
         )
         payload = codec.encode(result.change, directive.codec)
         offer = Offer(
@@ -293,17 +320,23 @@ class Client:
         return agent.Trained(offer, directive.run)
 
     def _finish(self, directive: Directive) -> agent.Event:
+        self._wait_for_go()
         self._trainer.receive(self._received(directive))
         self._report("evaluating")
         self._evaluate(directive)
         if directive.training.max_steps:
-            self._trainer.train(directive.training, directive.round + 1, self._step("personalising"))
+            self._trainer.train(directive.training, directive.round + 1, self._step("personalising"), self._gate)
         self._losses(personal=self._trainer.evaluate())
         self._report("exporting")
         delivered = self._deliver()
         self._say(f"personal adapter in {delivered.folder}; max |Δlogit| {delivered.max_logit_diff:.1e} when reloaded")
         self._report("done", export_max_logit_diff=delivered.max_logit_diff)
         return agent.Finished()
+
+    def _wait_for_go(self) -> None:
+        """An evaluation cannot be interrupted, so a device that must pause does so before it."""
+        if self._gate():
+            raise KeyboardInterrupt
 
     def _step(self, state: str) -> Callable[[StepReport], None]:
         return lambda at: self._report(state, step=at.step, steps=at.steps, loss=at.loss)

@@ -70,6 +70,8 @@ class Rounds(Section):
     """Share of the asked devices whose updates suffice once progress has stopped."""
     progress_timeout: Annotated[float, Field(gt=0)] = 600.0
     """Seconds without any sign of progress after which the missing devices are given up for this round."""
+    pause_timeout: Annotated[float, Field(ge=0)] = 1800.0
+    """Seconds for which a device that says it pauses (battery, heat, a person at it) counts as progress."""
 
 
 class Adapter(Section):
@@ -131,12 +133,55 @@ class Device(Section):
     state_dir: Path = Path("edge-state")
     memory_limit: Annotated[int, Field(ge=1 << 20)] | None = None
     """Bytes that training may use, below what the machine would allow."""
+    round_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Seconds that a round of training may take, as planned."""
+    round_bytes: Positive | None = None
+    """Bytes that a round may move up and down, as planned."""
+    rank: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Directions to train; this key and those below overrule the plan, which still must fit."""
+    held: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Directions of the global adapter to hold."""
+    layers_trained: Positive | None = None
+    """The last so many layers are trained."""
+    trained_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Those of `adapter.target_modules` that this device trains; it holds all."""
+    precision: Literal["nf4", "int8", "bf16", "fp32"] | None = None
+    """Of the base's linear weights."""
+    compute_dtype: Literal["bf16", "fp32"] | None = None
+    micro_batch: Positive | None = None
+    """Examples that pass through the model at once."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations instead of keeping them."""
+    max_length: Annotated[int, Field(ge=8)] | None = None
+    """Tokens of an example, at most; not above the fleet's."""
     threads: Positive | None = None
+    """Of torch."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Share of the examples held out for evaluation, always the same ones."""
     eval_examples: Positive = 24
     """Held-out examples that are really evaluated, at most."""
     max_examples: Positive | None = None
+
+
+class Governor(Section):
+    """When this device pauses its training, and when it goes on; a level of 0 switches that cause off."""
+
+    pause_below_battery: Annotated[float, Field(ge=0, le=100)] = 30.0
+    """Percent, while nothing charges it."""
+    resume_above_battery: Annotated[float, Field(ge=0, le=100)] = 40.0
+    """Percent; or as soon as something charges it."""
+    pause_above_temperature: Annotated[float, Field(ge=0, le=150)] = 85.0
+    """Degrees Celsius, of the hottest processor or board sensor."""
+    resume_below_temperature: Annotated[float, Field(ge=0, le=150)] = 80.0
+    """Degrees Celsius."""
+    pause_on_user_activity: bool = False
+    """Whether a person at the device comes first."""
+    user_idle_seconds: Annotated[float, Field(gt=0)] = 300.0
+    """A person is there while the last key in a terminal is no older than this."""
+    user_cpu_share: Fraction = 0.5
+    """A person is there while other programs take more than this share of all processors."""
+    check_every: Annotated[float, Field(gt=0)] = 10.0
+    """Seconds between two looks at the sensors."""
 
 
 class Server(Section):
@@ -156,6 +201,7 @@ class Config(Section):
     training: Training = Training()
     wire: Wire = Wire()
     device: Device = Device()
+    governor: Governor = Governor()
     server: Server = Server()
 
 

@@ -5,6 +5,7 @@ A message says what was expected, what was found and what to do, in one line whe
     EdgeRuntimeError                 1
     ├── ConfigError                  2   a key, a flag or a verb that does not exist, or a value that cannot be
     ├── PlanError                   10   the device cannot bear the smallest plan
+    │   └── DeviceMemoryError            memory ran out under a plan; the client steps down and goes on
     ├── BaseModelError              11
     │   ├── UnknownBaseError             no such hub id, folder or file
     │   └── FingerprintMismatchError     the device's base is not the fleet's
@@ -49,6 +50,10 @@ class PlanError(EdgeRuntimeError):
     """The device cannot bear even the smallest plan; says how many MiB are missing."""
 
     exit_code = 10
+
+
+class DeviceMemoryError(PlanError):
+    """Memory ran out, or was about to, while a plan was carried out; a smaller plan may do."""
 
 
 class BaseModelError(EdgeRuntimeError):

@@ -1,7 +1,8 @@
 """A device's durable state: one SQLite file in WAL mode. What a method returned from is on disk.
 
 It holds which life of the fleet the device is in, the last settled round, the outbox (the update that is not accepted
-yet), the bands it has fetched, and small facts worth keeping over a restart, such as the plan and the base's loss.
+yet), the bands it has fetched, and small facts worth keeping over a restart, such as the base's loss and the memory
+that plans must stay below.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ CREATE TABLE IF NOT EXISTS facts  (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS outbox (one INTEGER PRIMARY KEY CHECK (one = 1), offer TEXT NOT NULL, payload BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS bands  (sha256 TEXT PRIMARY KEY, payload BLOB NOT NULL);
 """
+
+
+OF_THE_DEVICE = ("memory_ceiling", "unfinished")
+"""Facts about this device and no fleet: they outlive the fleet's life."""
 
 
 class DeviceState:
@@ -78,8 +83,9 @@ class DeviceState:
     def adopt(self, run: str) -> None:
         """Begin another life of the fleet: what belonged to the former one is forgotten."""
         self._db.execute("BEGIN IMMEDIATE")
-        for table in ("outbox", "bands", "facts"):
-            self._db.execute(f"DELETE FROM {table}")  # noqa: S608  the names are the three literals above
+        for table in ("outbox", "bands"):
+            self._db.execute(f"DELETE FROM {table}")  # noqa: S608  the names are the two literals above
+        self._db.execute("DELETE FROM facts WHERE name NOT IN (?, ?)", OF_THE_DEVICE)
         self._put("run", run)
         self._db.execute("COMMIT")
 

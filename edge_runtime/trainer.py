@@ -96,11 +96,29 @@ class StepReport:
     loss: float
 
 
-class Trainer(Protocol):
-    """Whoever plans, trains and evaluates on this device."""
+Gate = Callable[[], bool]
+"""Asked while a device trains: True for stop. It may block; a device that pauses waits in it, and loses nothing."""
 
-    def introduce(self, spec: AdapterSpec) -> Introduction:
-        """Plan for this kind of adapter and make the model ready."""
+
+class Trainer(Protocol):
+    """Whoever plans, trains and evaluates on this device.
+
+    Every method raises DeviceMemoryError where memory runs out, or where the process grew beyond what the device can
+    bear. Then nothing is lost: `introduce` with a lower ceiling plans again, and a round that was interrupted goes on
+    from its last complete step when the new plan trains the same slice in the same precision.
+    """
+
+    def introduce(
+        self, spec: AdapterSpec, training: Training, ceiling: int | None, on_plan: Callable[[int], None]
+    ) -> Introduction:
+        """Plan for this kind of adapter and make the model ready.
+
+        Args:
+            spec: what the fleet shares.
+            training: how its rounds train.
+            ceiling: bytes that the plan must stay below, because a plan above it did not fit; None for no such limit.
+            on_plan: told the plan's predicted peak, in bytes, before anything large is loaded.
+        """
 
     def receive(self, adapter: Adapter) -> None:
         """Put the global adapter, cut to what the slot holds, into the live model."""
@@ -108,8 +126,20 @@ class Trainer(Protocol):
     def evaluate(self) -> float:
         """Completion loss on the held-out examples, nats per token, with what the live model holds now."""
 
-    def train(self, training: Training, round_number: int, on_step: Callable[[StepReport], None]) -> LocalResult:
-        """One local round from what was received."""
+    def train(
+        self, training: Training, round_number: int, on_step: Callable[[StepReport], None], gate: Gate
+    ) -> LocalResult:
+        """One local round from what was received.
+
+        Args:
+            training: what the round asks for.
+            round_number: decides the order of the examples.
+            on_step: told of each step that is complete.
+            gate: asked before each micro-batch.
+
+        Raises:
+            KeyboardInterrupt: the gate said stop; a step that was not complete leaves no trace.
+        """
 
     @property
     def peak_bytes(self) -> int:

@@ -32,6 +32,7 @@ class Policy:
     fraction_train: float
     quorum: float
     progress_timeout: float
+    pause_timeout: float
     max_upload_bytes: int
     seed: int
 
@@ -49,6 +50,7 @@ class State(Model):
         asked: devices whose updates this round waits for.
         stored: device name → SHA-256 of its stored update of this round.
         ended: devices whose fleet life is over: their last report said done or failed.
+        paused: device name → when it first said that it pauses; see `_moves`.
         progress_at: when something last moved.
     """
 
@@ -61,6 +63,7 @@ class State(Model):
     asked: tuple[Name, ...] = ()
     stored: dict[Name, str] = Field(default_factory=dict)
     ended: dict[Name, Report] = Field(default_factory=dict)
+    paused: dict[Name, float] = Field(default_factory=dict)
     progress_at: float = 0.0
 
 
@@ -165,7 +168,8 @@ def begin(run: str, base: str | None, now: float) -> tuple[State, list[Action]]:
 
 def resume(state: State, now: float) -> tuple[State, list[Action]]:
     """What to do again after a restart: tell the fleet where it stands, and finish a merge that was begun."""
-    state = state.model_copy(update={"progress_at": now})
+    # Another process counts its seconds from another origin.
+    state = state.model_copy(update={"progress_at": now, "paused": dict.fromkeys(state.paused, now)})
     actions: list[Action] = [Note(f"resuming in phase '{state.phase}', round {state.round}"), Announce()]
     return state, [*actions, Merge(state.round)] if state.phase == "merging" else actions
 
@@ -185,16 +189,16 @@ def step(state: State, event: Event, now: float, policy: Policy) -> tuple[State,
         case Heard(Report() as report):
             if report.client not in state.members:
                 return state, []
-            state, actions = _report(state, report)
+            state, actions = _report(state, report, now)
+            if not _moves(state, report, now, policy):
+                return _advance(state, actions, now, policy)
         case PresenceChanged(client, online):
             state, actions = _presence(state, client, policy, online=online)
             return _advance(state, actions, now, policy)
         case Stored(offer):
             state, actions = _stored(state, offer)
         case Refused(offer, reply):
-            if offer.round == state.round:
-                state = _not_asked(state, offer.client)
-            actions = [Reply(offer.client, reply), Note(f"refused the update of '{offer.client}': {reply.reason}")]
+            state, actions = _refused(state, offer, reply)
         case MergeDone(version):
             state = state.model_copy(update={"version": version, "phase": "train", "progress_at": now})
             return _next_round(state, actions, policy)
@@ -265,7 +269,29 @@ def _offer(state: State, offer: Offer, policy: Policy) -> tuple[State, list[Acti
     return (state, [Reply(offer.client, refusal)]) if refusal else (state, [Stage(offer)])
 
 
-def _report(state: State, report: Report) -> tuple[State, list[Action]]:
+def _refused(state: State, offer: Offer, reply: Rejected) -> tuple[State, list[Action]]:
+    if offer.round == state.round:
+        state = _not_asked(state, offer.client)
+    return state, [Reply(offer.client, reply), Note(f"refused the update of '{offer.client}': {reply.reason}")]
+
+
+def _moves(state: State, report: Report, now: float, policy: Policy) -> bool:
+    """Whether a report is progress: every one is, but a pause is so for `pause_timeout` seconds and no longer.
+
+    A device that cools down, or whose user is busy for a while, is not given up; one that waits for its charger all
+    night holds up no round. It is a member all the same, and takes part again when it goes on.
+    """
+    return report.state != "paused" or now - state.paused[report.client] <= policy.pause_timeout
+
+
+def _report(state: State, report: Report, now: float) -> tuple[State, list[Action]]:
+    if report.state == "paused":
+        if report.client in state.paused:
+            return state, []
+        return state.model_copy(update={"paused": {**state.paused, report.client: now}}), [
+            Note(f"'{report.client}' pauses: {report.detail}")
+        ]
+    state = _going_on(state, report.client)
     if report.state not in {"done", "failed"}:
         return state, []
     if report.state == "failed":
@@ -275,12 +301,19 @@ def _report(state: State, report: Report) -> tuple[State, list[Action]]:
     ]
 
 
+def _going_on(state: State, client: str) -> State:
+    """The state in which this device does not pause."""
+    if client not in state.paused:
+        return state
+    return state.model_copy(update={"paused": {name: at for name, at in state.paused.items() if name != client}})
+
+
 def _presence(state: State, client: str, policy: Policy, *, online: bool) -> tuple[State, list[Action]]:
     member = state.members.get(client)
     if member is None or member.online == online:
         return state, []
     members = {**state.members, client: member.model_copy(update={"online": online})}
-    state = state.model_copy(update={"members": members})
+    state = _going_on(state.model_copy(update={"members": members}), client)
     if online:
         state = _asked_too(state, client, policy)
     return state, [Note(f"'{client}' is {'online' if online else 'offline'}")]

@@ -20,6 +20,12 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="The fle
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value over the file; repeatable.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Base = Annotated[str, typer.Option(help="smollm2, a hub id, a local folder, or a GGUF file.")]
+Rank = Annotated[int | None, typer.Option(help="Directions to train, instead of what the plan would choose.")]
+Held = Annotated[int | None, typer.Option(help="Directions to hold, instead of what the plan would choose.")]
+Layers = Annotated[int | None, typer.Option(help="Train the last so many layers, whatever the plan would choose.")]
+Precision = Annotated[
+    str | None, typer.Option(help="Of the base: nf4, int8, bf16 or fp32; the plan's choice if absent.")
+]
 MemoryLimit = Annotated[str | None, typer.Option(help="What training may use, such as 900M or 2G.")]
 
 
@@ -46,8 +52,18 @@ def demo(
 @app.command()
 def profile(
     base: Annotated[str | None, typer.Option(help="Also show the plan for this base model.")] = None,
-    as_device: Annotated[str | None, typer.Option(help="Plan as a device of the catalogue would.")] = None,
+    as_device: Annotated[str | None, typer.Option(help="Plan as a device of the catalogue, or of a file.")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Memory and time part by part, and the next step up.")
+    ] = False,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure anew what is remembered.")] = False,
+    link: Annotated[bool, typer.Option("--link", help="Also test the link to the broker.")] = False,
+    broker: Annotated[str | None, typer.Option(help="HOST[:PORT], for --link.")] = None,
     memory_limit: MemoryLimit = None,
+    rank: Rank = None,
+    held: Held = None,
+    layers: Layers = None,
+    precision: Precision = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
     json: Json = False,
@@ -55,11 +71,15 @@ def profile(
     """What this device is, and the plan it would follow for a base model."""
     from edge_runtime.cli import profile as verb
 
-    return verb.run(base, as_device, memory_limit, config, overrides or [], json=json)
+    asked = verb.Asked(base, as_device, memory_limit, refresh, explain, link, json)
+    flags = {"rank": rank, "held": held, "layers_trained": layers, "precision": precision}
+    return verb.run(asked, flags, broker, config, overrides or [])
 
 
 @app.command()
-def prepare(base: Base = "smollm2", precision: Annotated[str, typer.Option(help="nf4, bf16 or fp32.")] = "nf4") -> int:
+def prepare(
+    base: Base = "smollm2", precision: Annotated[str, typer.Option(help="nf4, int8, bf16 or fp32.")] = "nf4"
+) -> int:
     """Convert a base model once, into this user's cache."""
     from edge_runtime.cli import prepare as verb
 
@@ -74,6 +94,10 @@ def client(
     broker: Annotated[str | None, typer.Option(help="HOST[:PORT].")] = None,
     state_dir: Annotated[Path | None, typer.Option(help="Folder for all that this device remembers.")] = None,
     memory_limit: MemoryLimit = None,
+    rank: Rank = None,
+    held: Held = None,
+    layers: Layers = None,
+    precision: Precision = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
     json: Json = False,
@@ -81,7 +105,10 @@ def client(
     """Join a fleet with this device."""
     from edge_runtime.cli import client as verb
 
-    flags = {"name": name, "data": data, "base": base, "state_dir": state_dir}
+    flags = {
+        "name": name, "data": data, "base": base, "state_dir": state_dir,
+        "rank": rank, "held": held, "layers_trained": layers, "precision": precision,
+    }  # fmt: skip
     return verb.run(flags, broker, memory_limit, config, overrides or [], json=json)
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import platform
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime import config as settings
+from edge_runtime import sensors
 from edge_runtime.cli import shell
 from edge_runtime.client import Client, Identity, will
 from edge_runtime.config import Config
-from edge_runtime.errors import INTERRUPTED, ConfigError, ExportError, missing_extra
+from edge_runtime.errors import INTERRUPTED, ConfigError, DeviceMemoryError, ExportError, missing_extra
+from edge_runtime.governor import Thresholds
+from edge_runtime.keeper import Watch
 from edge_runtime.state import DeviceState
+from edge_runtime.train.planning import Owner, owner_of
 from edge_runtime.trainer import Delivered
+
+NVIDIA = Path("/dev/nvidiactl")
+"""There where a driver for cards with memory of their own is loaded."""
 
 if TYPE_CHECKING:
     from edge_runtime.train.local import LocalTrainer
@@ -32,10 +37,12 @@ def run(
     """Take part until the fleet has finished; 130 when interrupted (the same command goes on)."""
     config = _configure(flags, broker, memory_limit, file, overrides)
     device = config.device
-    name = device.name or re.sub(r"[^A-Za-z0-9._-]", "-", platform.node())[:64] or "device"
+    name = shell.device_name(config)
     say = shell.logger(name, as_json=json)
     stop = shell.stop_on_signals()
-    trainer = _trainer(config, say, stop)
+    watch, owner = _watch(config.governor, stop), owner_of(device)
+    _preflight(device)
+    trainer = _trainer(config, owner, say)
     state = DeviceState(device.state_dir)
     fleet = config.fleet.name
     transport = shell.connect(config, f"edge-{fleet}-{name}", say, stop, will(fleet, name))
@@ -47,6 +54,7 @@ def run(
             trainer=trainer,
             deliver=lambda: _deliver(trainer, device.state_dir / "personal"),
             say=say,
+            watch=watch,
         )
         client.run(stop)
     finally:
@@ -61,17 +69,57 @@ def run(
 def _configure(
     flags: Mapping[str, Any], broker: str | None, memory_limit: str | None, file: Path | None, overrides: Sequence[str]
 ) -> Config:
-    config = shell.with_broker(settings.load(file, overrides), broker)
-    given = {key: value for key, value in flags.items() if value is not None}
-    if memory_limit is not None:
-        given["memory_limit"] = shell.size(memory_limit)
-    config = config.model_copy(update={"device": config.device.model_copy(update=given)})
+    config = shell.with_device(shell.with_broker(settings.load(file, overrides), broker), flags, memory_limit)
     if not config.device.data:
         raise ConfigError("a device trains on its own data; give --data FILE.jsonl, or --data stdlib-docs:GROUP")
     return config
 
 
-def _trainer(config: Config, say: Callable[[str], None], stop: Callable[[], bool]) -> LocalTrainer:
+def _watch(governor: settings.Governor, stop: Callable[[], bool]) -> Watch:
+    """Where this device looks while it works.
+
+    Raises:
+        ConfigError: thresholds that contradict each other.
+    """
+    return Watch(
+        thresholds=Thresholds(
+            # A level of 0 switches a cause off.
+            pause_below_battery=governor.pause_below_battery or None,
+            resume_above_battery=governor.resume_above_battery or None,
+            pause_above_temperature=governor.pause_above_temperature or None,
+            resume_below_temperature=governor.resume_below_temperature or None,
+            pause_on_user_activity=governor.pause_on_user_activity,
+        ),
+        sense=sensors.Sensors(user_idle_seconds=governor.user_idle_seconds, user_cpu_share=governor.user_cpu_share),
+        check_every=governor.check_every,
+        kernel=sensors.kernel,
+        stop=stop,
+    )
+
+
+def _preflight(device: settings.Device) -> None:
+    """Refuse in one line what could only end in a kill: importing torch alone takes hundreds of MiB.
+
+    Lenient on purpose, because what the fleet asks for is not known yet: one module, one short example. A machine with
+    a card of its own is let through: there the host's memory is not what fills up.
+
+    Raises:
+        PlanError: not even that fits.
+        BaseModelError: no such base, or its headers cannot be read.
+    """
+    from profiles.find_card import find_card
+    from profiles.plan import plan
+    from profiles.probe import probe
+    from profiles.terms import Task
+
+    card = find_card(device.base)
+    if NVIDIA.exists():
+        return
+    least = Task((next(iter(card.projections)),), max_rank=1, max_held=1, max_length=8, batch_size=1, steps=1)
+    plan(probe(memory_limit=device.memory_limit, measure=False), card, least)
+
+
+def _trainer(config: Config, owner: Owner, say: Callable[[str], None]) -> LocalTrainer:
     """The real trainer; data and base are looked up first, so that a mistake shows at once and not after minutes."""
     try:
         from edge_runtime.train import data, source
@@ -88,12 +136,10 @@ def _trainer(config: Config, say: Callable[[str], None], stop: Callable[[], bool
         examples=examples,
         eval_fraction=device.eval_fraction,
         eval_examples=device.eval_examples,
-        memory_limit=device.memory_limit,
-        threads=device.threads,
-        batch_size=config.training.batch_size,
+        owner=owner,
         cache=settings.cache_dir(),
     )
-    return LocalTrainer(chosen, say=say, should_stop=stop)
+    return LocalTrainer(chosen, say=say)
 
 
 def _deliver(trainer: LocalTrainer, folder: Path) -> Delivered:
@@ -102,17 +148,25 @@ def _deliver(trainer: LocalTrainer, folder: Path) -> Delivered:
     Raises:
         ExportError: it could not be written, or does not compute what the live model computes.
     """
+    from edge_runtime.train.exhaustion import bearing
     from export import get, verify
 
     ready = trainer.ready
     prompts = verify.encode(ready.base.tokenizer)
-    live = verify.live_logits(ready.live, prompts)
     prepared, scaling = ready.base.prepared, ready.spec.scaling
-    get("peft").write(trainer.personal(), folder, base_name=str(prepared.folder), scaling=scaling)
-    del ready
-    # A small device has no room for two models: the live one goes before the fresh one comes.
-    trainer.release()
-    parity = verify.verify_peft(folder, prepared, prompts, live)
+    try:
+        with bearing("verifying the personal adapter"):
+            live = verify.live_logits(ready.live, prompts)
+            get("peft").write(trainer.personal(), folder, base_name=str(prepared.folder), scaling=scaling)
+            del ready
+            # A small device has no room for two models: the live one goes before the fresh one comes.
+            trainer.release()
+            parity = verify.verify_peft(folder, prepared, prompts, live)
+    except DeviceMemoryError as error:
+        # A smaller plan would not help: what is verified is the base itself.
+        raise ExportError(
+            f"{error}; {folder} may be whole, but is not verified; free memory and start again"
+        ) from error
     if parity.max_abs > verify.TOLERANCE:
         raise ExportError(
             f"the adapter in {folder} changes logits by {parity.max_abs:.1e} against the live model, "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json as jsonlib
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,73 +15,144 @@ from rich.table import Table
 from edge_runtime import config as settings
 from edge_runtime.cli import shell
 from edge_runtime.config import Config
+from edge_runtime.train import planning
+from edge_runtime.trainer import AdapterSpec, Training
 from profiles import device as devices
+from profiles import memory, speed
 from profiles import plan as plans
-from profiles.card import ModelCard, card_from_config
+from profiles.card import ModelCard
 from profiles.catalogue import device as known_device
-from profiles.device import DeviceProfile, Row
+from profiles.device import MIB, DeviceProfile, Row
+from profiles.find_card import find_card
+from profiles.measure import SMOLLM2_SHAPES
 from profiles.plan import Plan
-from profiles.probe import probe
+from profiles.remembered import remembered_probe
 from server import aggregators
 
-RANKS = (2, 4, 8, 16, 32, 64)
+
+@dataclass(frozen=True)
+class Asked:
+    """What the person wants to see.
+
+    Attributes:
+        base: also the plan for this base model.
+        as_device: as a device of the catalogue, or of a file, would plan; this machine otherwise.
+        memory_limit: bytes that training may use, as a person writes them.
+        refresh: measure anew, whatever is remembered.
+        explain: also the memory and the time part by part, and what a better plan would need.
+        link: test the link to the broker as well.
+        json: for machines.
+    """
+
+    base: str | None
+    as_device: str | None
+    memory_limit: str | None
+    refresh: bool
+    explain: bool
+    link: bool
+    json: bool
 
 
-def run(
-    base: str | None,
-    as_device: str | None,
-    memory_limit: str | None,
-    file: Path | None,
-    overrides: Sequence[str],
-    *,
-    json: bool,
-) -> int:
+def run(asked: Asked, flags: Mapping[str, Any], broker: str | None, file: Path | None, overrides: Sequence[str]) -> int:
     """Show the profile, and the plan if a base is named."""
-    config = settings.load(file, overrides)
-    limit = shell.size(memory_limit) if memory_limit else config.device.memory_limit
-    profile = known_device(as_device) if as_device else probe(memory_limit=limit)
-    chosen = _plan(profile, config, base) if base else None
-    if json:
-        found: dict[str, Any] = {"profile": profile.to_json(), "plan": chosen.to_json() if chosen else None}
-        print(jsonlib.dumps(found))  # noqa: T201  what --json is for
+    config = shell.with_device(shell.with_broker(settings.load(file, overrides), broker), flags, asked.memory_limit)
+    card = find_card(asked.base) if asked.base else None
+    profile = known_device(asked.as_device) if asked.as_device else _probed(asked, config, card)
+    if asked.link:
+        profile = _with_link(profile, config)
+    chosen = _plan(profile, config, card) if card else None
+    if asked.json:
+        print(jsonlib.dumps(_as_json(profile, config, card, chosen)))  # noqa: T201  what --json is for
         return 0
     console = Console(highlight=False)
     console.print(_table(f"{profile.name}: what this device is", devices.rows(profile)))
-    if chosen:
-        console.print(_table(f"the plan for {base}", plans.rows(chosen)))
+    if card and chosen:
+        console.print(_table(f"the plan for {asked.base}", plans.rows(chosen)))
+        if asked.explain:
+            _explain(console, profile, config, card, chosen)
     return 0
 
 
-def _plan(profile: DeviceProfile, config: Config, base: str) -> Plan:
-    adapter = config.adapter
-    method = aggregators.build(config.aggregator.method, **(config.aggregator.model_extra or {}))
-    return plans.plan(
-        profile,
-        _card(base),
-        target_modules=adapter.target_modules,
-        rank_choices=tuple(rank for rank in RANKS if rank <= adapter.max_rank) or (adapter.max_rank,),
-        held_limit=config.aggregator.rank or method.server_rank(adapter.max_rank),
-        max_length=adapter.max_length,
-        batch_size=config.training.batch_size,
-        threads=config.device.threads,
+def _probed(asked: Asked, config: Config, card: ModelCard | None) -> DeviceProfile:
+    return remembered_probe(
+        settings.cache_dir() / "profiles",
+        memory_limit=config.device.memory_limit,
+        refresh=asked.refresh,
+        say=shell.logger("profile", as_json=asked.json),
+        shapes=speed.shapes(card) if card else SMOLLM2_SHAPES,
     )
 
 
-def _card(base: str) -> ModelCard:
-    """A folder's own config.json, without torch; any other base is prepared first."""
-    if (Path(base) / "config.json").exists():
-        return card_from_config(Path(base), name=base)
-    from edge_runtime.train.base import prepare
+def _with_link(profile: DeviceProfile, config: Config) -> DeviceProfile:
+    from edge_runtime.wire import linktest
 
-    say = shell.logger("profile", as_json=False)
-    return card_from_config(prepare(base, precision="nf4", cache=settings.cache_dir(), say=say).folder, name=base)
+    say, stop = shell.logger("profile", as_json=False), shell.stop_on_signals()
+    name = shell.device_name(config)
+    transport = shell.connect(config, f"edge-{config.fleet.name}-{name}-link", say, stop)
+    try:
+        rates = linktest.measure(transport, config.fleet.name, name, clock=time.monotonic)
+    finally:
+        transport.close()
+    return devices.with_link(
+        profile,
+        up_mbit_s=rates.up_mbit_s,
+        down_mbit_s=rates.down_mbit_s,
+        latency_ms=rates.latency_ms,
+        reason=rates.reason,
+    )
+
+
+def _plan(profile: DeviceProfile, config: Config, card: ModelCard) -> Plan:
+    """The plan that `edge-runtime client` would follow in a fleet of this configuration."""
+    adapter, training = config.adapter, config.training
+    method = aggregators.build(config.aggregator.method, **(config.aggregator.model_extra or {}))
+    held = config.aggregator.rank or method.server_rank(adapter.max_rank)
+    spec = AdapterSpec(**adapter.model_dump(), max_held=held, hold_more=method.hold_more)
+    asked = Training(**training.model_dump(exclude={"personal_steps"}))
+    return planning.choose(profile, card, spec, asked, planning.owner_of(config.device), None)
+
+
+def _as_json(profile: DeviceProfile, config: Config, card: ModelCard | None, chosen: Plan | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"profile": profile.to_json(), "plan": None}
+    if card and chosen:
+        setting = chosen.setting(config.adapter.target_modules)
+        found.update(
+            plan=chosen.to_json(),
+            card={**asdict(card), "parameters": card.parameters},
+            memory=memory.estimate(card, setting, profile.pool).parts,
+            seconds=speed.parts(profile, card, setting) if speed.measured(profile, setting) else None,
+        )
+    return found
+
+
+def _explain(console: Console, profile: DeviceProfile, config: Config, card: ModelCard, chosen: Plan) -> None:
+    """Where memory and time go, and what better would cost."""
+    setting = chosen.setting(config.adapter.target_modules)
+    estimate = memory.estimate(card, setting, profile.pool)
+    console.print(_table(
+        f"{card.name}: {card.parameters / 1e6:,.1f} million parameters ({card.origin}); "
+        f"predicted peak {estimate.total / MIB:,.0f} MiB",
+        [Row(name.replace("_", " "), devices.shown(size, "bytes"), memory.PARTS[name])
+         for name, size in estimate.parts.items()],
+    ))  # fmt: skip
+    if speed.measured(profile, setting):
+        seconds = speed.parts(profile, card, setting)
+        console.print(_table(
+            f"predicted {sum(seconds.values()):.2f} s a pass of {setting.micro_batch} x {setting.max_length} tokens",
+            [Row(name, f"{value:.3f} s", speed.PARTS[name]) for name, value in seconds.items()],
+        ))  # fmt: skip
+    better = [Row(name.replace("_", " "), "", said) for name, said in chosen.next_better.items()]
+    if better:
+        console.print(_table("what the next better choice would need", better))
 
 
 def _table(title: str, rows: Iterable[Row]) -> Table:
+    lines = [tuple(str(cell) for cell in (row.field, row.value, row.reason)) for row in rows]
     table = Table(title=title, title_style="bold", header_style="bold", show_lines=False)
     table.add_column("what", style="bold", no_wrap=True)
-    table.add_column("value")
+    if any(value for _, value, _ in lines):
+        table.add_column("value")
     table.add_column("because", style="dim")
-    for row in rows:
-        table.add_row(*(str(cell) for cell in (row.field, row.value, row.reason)))
+    for line in lines:
+        table.add_row(*(cell for index, cell in enumerate(line) if index != 1 or len(table.columns) == 3))
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import signal
 import sys
@@ -105,6 +106,23 @@ def with_broker(config: Config, address: str | None) -> Config:
         raise ConfigError(f"--broker takes HOST or HOST:PORT; found {address!r}")
     broker = config.broker.model_copy(update={"host": host, "port": int(port)})
     return config.model_copy(update={"broker": broker})
+
+
+def with_device(config: Config, flags: Mapping[str, Any], memory_limit: str | None) -> Config:
+    """The configuration with what flags say of this device in the place of what its file says; None says nothing.
+
+    Raises:
+        ConfigError: the memory limit is not a size.
+    """
+    given = {key: value for key, value in flags.items() if value is not None}
+    if memory_limit is not None:
+        given["memory_limit"] = size(memory_limit)
+    return config.model_copy(update={"device": config.device.model_copy(update=given)})
+
+
+def device_name(config: Config) -> str:
+    """This device's client id: what the configuration says, or the host name as far as it may be one."""
+    return config.device.name or re.sub(r"[^A-Za-z0-9._-]", "-", platform.node())[:64] or "device"
 
 
 def address_of(broker: Broker) -> BrokerAddress:

@@ -15,6 +15,7 @@ STATES: Mapping[str, tuple[str, str]] = {
     "fetching": ("blue", "fetching"),
     "evaluating": ("magenta", "evaluating"),
     "training": ("yellow", "training"),
+    "paused": ("white", "paused"),
     "offering": ("blue", "sending"),
     "waiting": ("white", "waiting"),
     "personalising": ("yellow", "personal training"),

@@ -1,4 +1,4 @@
-"""The real trainer: probe, plan, load the 4-bit base, train and evaluate on this device's own examples."""
+"""The real trainer: probe, plan, load the base as planned, train and evaluate on this device's own examples."""
 
 from __future__ import annotations
 
@@ -6,32 +6,36 @@ import gc
 import importlib.metadata
 import os
 import platform
-import re
-import resource
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from edge_runtime.errors import DataError
-from edge_runtime.lora.adapter import Adapter, LayerSlot, Slot
+from edge_runtime.errors import DataError, DeviceMemoryError
+from edge_runtime.lora.adapter import Adapter, Pair, Slot
 from edge_runtime.lora.algebra import change, take
-from edge_runtime.train import data, loop
-from edge_runtime.train.base import LoadedBase, PreparedBase, load, prepare
+from edge_runtime.train import data, heap, loop, prepared, resume
+from edge_runtime.train.base import LoadedBase, load, prepare
 from edge_runtime.train.bounds import bound_primitive_cache
+from edge_runtime.train.exhaustion import bearing
 from edge_runtime.train.families import get
+from edge_runtime.train.footprint import Footprint
 from edge_runtime.train.live import LiveModel
-from edge_runtime.trainer import AdapterSpec, Introduction, LocalResult, StepReport, Training
-from profiles.card import ModelCard, card_from_config
-from profiles.plan import Plan, plan
-from profiles.probe import probe
-
-RANKS = (2, 4, 8, 16, 32, 64)
-"""Ranks that a plan chooses from, up to the fleet's largest."""
+from edge_runtime.train.planning import Owner, choose, in_words, slot_of
+from edge_runtime.train.source import resolve
+from edge_runtime.trainer import AdapterSpec, Gate, Introduction, LocalResult, StepReport, Training
+from profiles.card import ModelCard
+from profiles.device import DeviceProfile
+from profiles.find_card import find_card
+from profiles.plan import Plan
+from profiles.probe import refresh
+from profiles.remembered import remembered_probe
+from profiles.speed import shapes
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,7 @@ class LocalSettings:
         examples: its own examples.
         eval_fraction: share of them held out, always the same ones.
         eval_examples: held-out examples that are really evaluated, at most.
-        memory_limit: bytes that training may use, below what the machine allows; None for no such limit.
-        threads: CPU threads; None lets the plan say.
-        batch_size: examples of one optimiser step, for the plan.
+        owner: what its owner allows.
         cache: where converted bases are kept.
     """
 
@@ -53,9 +55,7 @@ class LocalSettings:
     examples: Sequence[data.Example]
     eval_fraction: float
     eval_examples: int
-    memory_limit: int | None
-    threads: int | None
-    batch_size: int
+    owner: Owner
     cache: Path
 
 
@@ -66,11 +66,28 @@ class Ready:
     plan: Plan
     card: ModelCard
     spec: AdapterSpec
+    ceiling: int | None
     slot: Slot
     base: LoadedBase
     live: LiveModel
     train: tuple[data.Tokenised, ...]
     held_out: tuple[data.Tokenised, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Received:
+    """The trained slice of a global adapter as it was before training, and the whole adapter's digest."""
+
+    before: Mapping[str, Pair]
+    digest: str
+
+
+@dataclass(frozen=True, eq=False)
+class _Interrupted:
+    """A round that memory ended early, and all that must be the same for it to go on."""
+
+    key: tuple[object, ...]
+    state: resume.RoundState
 
 
 class LocalTrainer:
@@ -79,20 +96,17 @@ class LocalTrainer:
     Args:
         settings: what this device brings.
         say: told a sentence for people.
-        should_stop: asked between micro-batches; a yes raises KeyboardInterrupt, and nothing is half done.
     """
 
-    def __init__(
-        self,
-        settings: LocalSettings,
-        *,
-        say: Callable[[str], None],
-        should_stop: Callable[[], bool],
-    ) -> None:
+    def __init__(self, settings: LocalSettings, *, say: Callable[[str], None]) -> None:
         bound_primitive_cache(os.environ)
-        self._settings, self._say, self._should_stop = settings, say, should_stop
+        heap.steady()
+        self._settings, self._say = settings, say
+        self._profile: DeviceProfile | None = None
         self._ready: Ready | None = None
-        self._received: Adapter | None = None
+        self._received: _Received | None = None
+        self._interrupted: _Interrupted | None = None
+        self._footprint = Footprint()
 
     @property
     def ready(self) -> Ready:
@@ -112,151 +126,208 @@ class LocalTrainer:
         Those are shared with other processes and given back under pressure, so no limit kills for them. Where the
         kernel does not tell them apart, all of it.
         """
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024 - _file_backed()
+        return self._footprint.peak_bytes
 
-    def introduce(self, spec: AdapterSpec) -> Introduction:
+    def introduce(
+        self, spec: AdapterSpec, training: Training, ceiling: int | None, on_plan: Callable[[int], None]
+    ) -> Introduction:
         """Probe, plan, load the base and attach an adapter of zero product.
+
+        A plan that trains the same slice of the same base, and only passes fewer examples at once or recomputes more,
+        takes over the model that is loaded.
 
         Raises:
             PlanError: this device cannot bear the smallest plan.
+            DeviceMemoryError: memory ran out while the base was loaded.
             BaseModelError: no such base, or it cannot be converted.
             DataError: no example of ours fits the fleet's length.
         """
-        settings = self._settings
-        if self._ready is not None and self._ready.spec == spec:
-            return self._introduction(self._ready)
-        self.release()  # an earlier plan's model, if there is one, must not be in memory beside the new one
-        profile = probe(memory_limit=settings.memory_limit)
-        # The fleet's bases are 4-bit; a device that cannot compute with them learns so from its plan.
-        prepared = prepare(settings.base, precision="nf4", cache=settings.cache, say=self._say)
-        card = card_from_config(prepared.folder)
-        chosen = plan(
-            profile,
-            card,
-            target_modules=spec.target_modules,
-            rank_choices=tuple(rank for rank in RANKS if rank <= spec.max_rank) or (spec.max_rank,),
-            held_limit=spec.max_held,
-            max_length=spec.max_length,
-            batch_size=settings.batch_size,
-            threads=settings.threads,
-            precision="nf4",
-        )
+        before = self._ready
+        if before is not None and (before.spec, before.ceiling) == (spec, ceiling):
+            return self._introduction(before)
+        if before is not None and before.spec != spec:
+            before = self._interrupted = None
+            self.release()
+        card = find_card(self._settings.base)
+        profile = self._profile = self._probed(card)
+        chosen = choose(profile, card, spec, training, self._owner(), ceiling)
+        on_plan(chosen.predicted_peak_bytes)
         self._say(f"{profile.cpu_model}: {profile.reasons['memory_bearable_bytes']}")
-        self._ready = self._make_ready(spec, chosen, card, prepared)
-        return self._introduction(self._ready, f"{profile.name}: {profile.cpu_model}, {profile.usable_cores} cores")
+        slot = slot_of(chosen, card, spec)
+        if before is not None and _same_model(before.plan, chosen) and before.slot == slot:
+            self._ready = replace(before, plan=chosen, ceiling=ceiling)
+            heap.release()
+            self._footprint.begin()
+        else:
+            self._interrupted = None
+            del before  # two models at once are what no device has room for
+            self.release()
+            with bearing("loading the base model"):
+                self._ready = self._load(spec, ceiling, chosen, card, slot, profile)
+        return self._introduction(self._ready)
 
-    def _make_ready(self, spec: AdapterSpec, chosen: Plan, card: ModelCard, prepared: PreparedBase) -> Ready:
+    def _probed(self, card: ModelCard) -> DeviceProfile:
+        limit, cache = self._settings.owner.memory_limit, self._settings.cache
+        if self._profile is not None:
+            return refresh(self._profile, memory_limit=limit)
+        return remembered_probe(cache / "profiles", shapes=shapes(card), memory_limit=limit, say=self._say)
+
+    def _owner(self) -> Owner:
+        """What the owner insists on; a base that was prepared elsewhere has the precision that it has."""
+        owner, path = self._settings.owner, resolve(self._settings.base).path
+        if owner.overrides.precision is not None or not prepared.is_prepared(path):
+            return owner
+        precision = prepared.read_manifest(path).precision
+        return replace(owner, overrides=replace(owner.overrides, precision=precision))
+
+    def _load(
+        self, spec: AdapterSpec, ceiling: int | None, chosen: Plan, card: ModelCard, slot: Slot, profile: DeviceProfile
+    ) -> Ready:
+        settings = self._settings
+        found = prepare(
+            settings.base,
+            precision=chosen.precision,
+            cache=settings.cache,
+            memory_bytes=None if profile.pool == "gpu" else profile.memory_bearable_bytes or None,
+            say=self._say,
+        )
         torch.set_num_threads(chosen.threads)
-        slot = _slot(chosen, card, spec)
-        base = load(prepared, compute_dtype="bf16" if chosen.compute_dtype == "bf16" else "fp32")
-        train, held_out = data.split(self._settings.examples, fraction=self._settings.eval_fraction)
-        tokens = data.tokenise_all(train, base.tokenizer, spec.max_length)
-        tokens_held_out = data.tokenise_all(held_out[: self._settings.eval_examples], base.tokenizer, spec.max_length)
+        compute: Literal["bf16", "fp32"] = "bf16" if chosen.compute_dtype == "bf16" else "fp32"
+        self._footprint.begin()  # what conversion took is no part of the plan
+        base = load(found, compute_dtype=compute, device="cuda" if profile.kind == "cuda" else "cpu")
+        train, held_out = data.split(settings.examples, fraction=settings.eval_fraction)
+        tokens = data.tokenise_all(train, base.tokenizer, chosen.max_length)
+        tokens_held_out = data.tokenise_all(held_out[: settings.eval_examples], base.tokenizer, chosen.max_length)
         if not tokens.examples or not tokens_held_out.examples:
             raise DataError(
-                f"no example has a completion within {spec.max_length} tokens; give shorter examples, "
+                f"no example has a completion within {chosen.max_length} tokens; give shorter examples, "
                 "or raise adapter.max_length in the fleet's file"
             )
         if tokens.dropped:
-            self._say(f"{tokens.dropped} examples are longer than {spec.max_length} tokens and are left out")
+            self._say(f"{tokens.dropped} examples are longer than {chosen.max_length} tokens and are left out")
         live = get(spec.family).attach(base.model, slot, scaling=spec.scaling)
-        return Ready(chosen, card, spec, slot, base, live, tokens.examples, tokens_held_out.examples)
+        return Ready(chosen, card, spec, ceiling, slot, base, live, tokens.examples, tokens_held_out.examples)
 
-    def _introduction(self, ready: Ready, device: str = "") -> Introduction:
-        versions = {
-            name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")
-        }
+    def _introduction(self, ready: Ready) -> Introduction:
+        versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+        profile = self._profile
         return Introduction(
             slot=ready.slot,
             base=ready.base.prepared.fingerprint,
             examples=len(ready.train),
-            device=device or platform.node(),
+            device=f"{profile.name}: {profile.cpu_model}, {profile.usable_cores} cores" if profile else platform.node(),
             precision=ready.plan.precision,
-            plan=_in_words(ready.plan, ready.card),
+            plan=in_words(ready.plan, ready.card, ready.spec),
             software=f"python {platform.python_version()}, " + ", ".join(f"{n} {v}" for n, v in versions.items()),
         )
 
     def receive(self, adapter: Adapter) -> None:
         """Put the global adapter, cut to what the slot holds, into the live model."""
-        self._received = adapter
-        get(self.ready.spec.family).load(self.ready.live, adapter)
+        live = self.ready.live
+        with bearing("putting the global adapter into the model"):
+            get(self.ready.spec.family).load(live, adapter)
+            # Of all that was received, the slice alone is needed again: the rest lives in the model.
+            before = {name: take(adapter[name], directions) for name, directions in live.directions.items()}
+            self._received = _Received(before, adapter.digest())
 
     def evaluate(self) -> float:
         """Mean completion loss on the held-out examples, nats per token."""
-        return loop.evaluate(self.ready.live, self.ready.held_out).loss
+        ready = self.ready
+        with bearing("evaluating"):
+            return loop.evaluate(ready.live, ready.held_out).loss
 
-    def train(self, training: Training, round_number: int, on_step: Callable[[StepReport], None]) -> LocalResult:
-        """One local round from what was received.
+    def train(
+        self, training: Training, round_number: int, on_step: Callable[[StepReport], None], gate: Gate
+    ) -> LocalResult:
+        """One local round from what was received, or the rest of one that a lack of memory interrupted.
 
         Raises:
+            DeviceMemoryError: memory ran out, or the process grew beyond what this device can bear.
             RoundError: the loss is not finite, or gradients are missing.
             KeyboardInterrupt: asked to stop.
         """
-        ready, before = self.ready, self._received
-        if before is None:
+        ready, received = self.ready, self._received
+        if received is None:
             raise DataError("nothing was received yet; receive() comes first")
-        task = loop.LocalTask(
-            steps=training.max_steps,
-            learning_rate=training.learning_rate,
-            micro_batch=ready.plan.micro_batch,
-            gradient_accumulation_steps=-(-training.batch_size // ready.plan.micro_batch),
-            warmup_steps=training.warmup_steps,
-            weight_decay=training.weight_decay,
-            max_grad_norm=training.max_grad_norm,
-            # Another order of the examples in each round, the same in each repetition of the run.
-            seed=training.seed * 10_007 + round_number,
-            gradient_checkpointing=ready.plan.gradient_checkpointing,
-        )
-        result = loop.train_round(
-            ready.live,
-            ready.train,
-            task,
-            on_step=lambda at: on_step(StepReport(at.step, at.steps, at.loss)),
-            should_stop=self._should_stop,
-        )
+        key = (training, round_number, received.digest, ready.slot, _same(ready.plan))
+        start = self._interrupted.state if self._interrupted and self._interrupted.key == key else None
+        self._interrupted = None
+        if start is not None:
+            self._say(f"going on after step {len(start.reports)} of {training.max_steps}")
+
+        def stepped(at: resume.StepReport) -> None:
+            on_step(StepReport(at.step, at.steps, at.loss))
+            self._check_footprint(at.step)
+
+        def asked() -> bool:
+            self._footprint.sample()
+            return gate()
+
+        with bearing("training"):
+            result = loop.train_round(
+                ready.live,
+                ready.train,
+                _task(training, round_number, ready.plan),
+                start=start,
+                on_step=stepped,
+                should_stop=asked,
+            )
+        if result.failure:
+            self._interrupted = _Interrupted(key, result.state)
+            raise DeviceMemoryError(result.failure)
         if not result.finished:
             raise KeyboardInterrupt
         trained = get(ready.spec.family).read_trained(ready.live)
-        moved = {name: change(pair, take(before[name], ready.live.directions[name])) for name, pair in trained.items()}
+        moved = {name: change(pair, received.before[name]) for name, pair in trained.items()}
         return LocalResult(Adapter(moved), result.examples, result.loss_first, result.loss_last)
 
+    def _check_footprint(self, step: int) -> None:
+        """Compare the peak since the plan was made with what the device can bear, before the kernel does.
+
+        Raises:
+            DeviceMemoryError: the peak is above it.
+        """
+        profile = self._profile
+        if profile is None or "memory_bearable_bytes" in profile.unreadable:
+            return
+        self._footprint.sample()
+        peak, bearable = self._footprint.since_begin(profile.pool), profile.memory_bearable_bytes
+        if peak > bearable:
+            raise DeviceMemoryError(
+                f"after step {step} the peak is {peak / MIB:.0f} MiB, and this device can bear {bearable / MIB:.0f} MiB"
+            )
+
     def release(self) -> None:
-        """Give the live model's memory back; the trainer is of no use afterwards."""
+        """Give the live model's memory back; another `introduce` must come before any other work."""
         self._ready = self._received = None
         gc.collect()
+        heap.release()
+        torch.cuda.empty_cache()  # does nothing where CUDA was never used
 
     def personal(self) -> Adapter:
         """All that the live model holds now, the trained slice included: this device's own adapter."""
         return get(self.ready.spec.family).read_all(self.ready.live)
 
 
-def _file_backed() -> int:
-    """Bytes of this process that files back now; 0 where the kernel does not say."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        return 0
-    found = re.search(r"^RssFile:\s+(\d+) kB", status, re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
+def _same(chosen: Plan) -> tuple[object, ...]:
+    """What two plans must share for a round to go on from one to the other: what is computed, not how it is cut."""
+    return (chosen.precision, chosen.compute_dtype, chosen.max_length)
 
 
-def _slot(chosen: Plan, card: ModelCard, spec: AdapterSpec) -> Slot:
-    """The plan's slot within the fleet's terms: no rank beyond a layer's size, nothing held that must not be."""
-    layers = {}
-    for name, layer in chosen.layers(card, spec.target_modules).items():
-        widest = min(layer.d_out, layer.d_in, spec.max_held)
-        trained = min(layer.trained, widest)
-        held = layer.held if spec.hold_more else (layer.trained or chosen.rank)
-        layers[name] = LayerSlot(layer.d_out, layer.d_in, max(trained, min(held, widest)), trained)
-    return Slot(layers)
+def _same_model(one: Plan, other: Plan) -> bool:
+    return (_same(one), one.threads) == (_same(other), other.threads)
 
 
-def _in_words(chosen: Plan, card: ModelCard) -> str:
-    layers = "all" if chosen.layers_trained == card.num_layers else f"last {chosen.layers_trained}"
-    checkpointing = ", checkpointing" if chosen.gradient_checkpointing else ""
-    return (
-        f"rank {chosen.rank} of {chosen.held} held, {layers} of {card.num_layers} layers, {chosen.precision}, "
-        f"{chosen.compute_dtype} compute, micro-batch {chosen.micro_batch}{checkpointing}, "
-        f"≤ {chosen.predicted_peak_bytes / 2**20:.0f} MiB"
+def _task(training: Training, round_number: int, chosen: Plan) -> loop.LocalTask:
+    return loop.LocalTask(
+        steps=training.max_steps,
+        learning_rate=training.learning_rate,
+        micro_batch=chosen.micro_batch,
+        gradient_accumulation_steps=-(-training.batch_size // chosen.micro_batch),
+        warmup_steps=training.warmup_steps,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        # Another order of the examples in each round, the same in each repetition of the run.
+        seed=training.seed * 10_007 + round_number,
+        gradient_checkpointing=chosen.gradient_checkpointing,
     )

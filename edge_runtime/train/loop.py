@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from edge_runtime.errors import DataError, RoundError, unknown_name
+from edge_runtime.errors import DataError, DeviceMemoryError, RoundError, unknown_name
+from edge_runtime.train import heap
 from edge_runtime.train.batches import collate
 from edge_runtime.train.data import Tokenised, batch_at
+from edge_runtime.train.exhaustion import bearing
 from edge_runtime.train.live import LiveModel
 from edge_runtime.train.loss import completion_loss, unwrap
 from edge_runtime.train.resume import RoundState, StepReport, capture, restore
@@ -82,7 +84,8 @@ class TrainResult:
         steps: optimiser steps done.
         examples: different examples used.
         tokens: completion tokens trained on, each time they were.
-        finished: False where `should_stop` ended the round early.
+        finished: False where `should_stop` or a lack of memory ended the round early.
+        failure: why memory did not suffice; empty where it did.
         state: what `train_round` needs as `start` to go on.
     """
 
@@ -92,6 +95,7 @@ class TrainResult:
     examples: int
     tokens: int
     finished: bool
+    failure: str
     state: RoundState
 
 
@@ -109,6 +113,10 @@ class Evaluation:
 
 
 class _Stopped(Exception):  # noqa: N818 - a signal between two functions of this module, not an error
+    pass
+
+
+class _HalfUpdated(Exception):  # noqa: N818 - as above
     pass
 
 
@@ -136,10 +144,13 @@ def train_round(
         examples: the device's own; every one is used before any is used again.
         task: what to do.
         start: the state of an interrupted round of the same task, to finish it as if it had not been interrupted.
-        on_step: called after each optimiser step.
-        should_stop: asked before each micro-batch; a step that is not complete leaves no trace.
+        on_step: called after each optimiser step. It may raise DeviceMemoryError: then the round ends, as it does when
+            memory runs out; the result says so, and holds the state to go on from with a smaller micro-batch.
+        should_stop: asked before each micro-batch; a step that is not complete leaves no trace. It may block: a device
+            that pauses waits in it, and the round goes on as if nothing had happened. It may raise as `on_step` may.
 
     Raises:
+        DeviceMemoryError: memory ran out in the middle of an update: the round can only begin anew.
         DataError: no example, or a step whose examples have no completion.
         RoundError: a loss or gradient that is not finite, a parameter without a gradient, or a `start` that does not
             fit the live model.
@@ -156,19 +167,23 @@ def train_round(
     if start is not None:
         restore(parameters, optimizer, start)
         reports.extend(start.reports)
-    finished = True
-    with _training_mode(live, task):
-        for step in range(len(reports), task.steps):
-            try:
+    finished, failure = True, ""
+    try:
+        with _training_mode(live, task):
+            for step in range(len(reports), task.steps):
                 batch = [examples[index] for index in _indices(len(examples), task, step)]
                 reports.append(_step(live, batch, task, step, optimizer, should_stop))
-            except _Stopped:
-                finished = False
-                break
-            if on_step is not None:
-                on_step(reports[-1])
+                if on_step is not None:
+                    on_step(reports[-1])
+    except _Stopped:
+        finished = False
+    except _HalfUpdated as error:
+        raise DeviceMemoryError(str(error)) from None
+    except DeviceMemoryError as error:
+        finished, failure = False, str(error)
     optimizer.zero_grad(set_to_none=True)
-    return _result(capture(parameters, optimizer, tuple(reports)), examples, task, finished=finished)
+    state = capture(parameters, optimizer, tuple(reports))
+    return _result(state, examples, task, finished=finished, failure=failure)
 
 
 def evaluate(live: LiveModel, examples: Sequence[Tokenised], *, batch: int = 1) -> Evaluation:
@@ -227,13 +242,23 @@ def _step(
     for first in range(0, len(batch), task.micro_batch):
         if should_stop is not None and should_stop():
             raise _Stopped
-        loss += _accumulate(live, batch[first : first + task.micro_batch], tokens, step)
+        with bearing(f"step {step + 1} passed {min(task.micro_batch, len(batch) - first)} examples through the model"):
+            loss += _accumulate(live, batch[first : first + task.micro_batch], tokens, step)
     gradient_norm = _clip(live, task, step)
     rate = learning_rate_at(task, step)
+    _update(optimizer, rate, step)
+    return StepReport(step + 1, task.steps, loss, tokens, rate, gradient_norm)
+
+
+def _update(optimizer: torch.optim.Optimizer, rate: float, step: int) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
-    optimizer.step()
-    return StepReport(step + 1, task.steps, loss, tokens, rate, gradient_norm)
+    try:
+        with bearing(f"step {step + 1} updated the adapter"):
+            optimizer.step()
+    except DeviceMemoryError as error:
+        # Some parameters have moved and others have not: nobody could go on from there.
+        raise _HalfUpdated(str(error)) from None
 
 
 def _accumulate(live: LiveModel, examples: Sequence[Tokenised], tokens: int, step: int) -> float:
@@ -246,6 +271,8 @@ def _accumulate(live: LiveModel, examples: Sequence[Tokenised], tokens: int, ste
             f"step {step + 1}: expected a finite loss, found {value}; lower learning_rate, or compute in float32"
         )
     share.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    del share
+    heap.release()  # the next micro-batch has other lengths, which would not fit into the holes of this one
     return value
 
 
@@ -271,7 +298,8 @@ def _training_mode(live: LiveModel, task: LocalTask) -> Iterator[None]:
     causal = unwrap(live.model)
     was_training = live.model.training
     device = causal.get_input_embeddings().weight.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    layers = getattr(causal, causal.base_model_prefix).layers if device.type == "cpu" else ()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), heap.releasing(layers):
         live.model.train()
         if task.gradient_checkpointing:
             # Without re-entrance the graph starts at the first trained layer: nothing below it is kept or recomputed,
@@ -288,7 +316,9 @@ def _training_mode(live: LiveModel, task: LocalTask) -> Iterator[None]:
             live.model.train(was_training)
 
 
-def _result(state: RoundState, examples: Sequence[Tokenised], task: LocalTask, *, finished: bool) -> TrainResult:
+def _result(
+    state: RoundState, examples: Sequence[Tokenised], task: LocalTask, *, finished: bool, failure: str
+) -> TrainResult:
     reports = state.reports
     quarter = max(1, len(reports) // 4)
     used = {index for step in range(len(reports)) for index in _indices(len(examples), task, step)}
@@ -299,6 +329,7 @@ def _result(state: RoundState, examples: Sequence[Tokenised], task: LocalTask, *
         examples=len(used),
         tokens=sum(report.tokens for report in reports),
         finished=finished,
+        failure=failure,
         state=state,
     )
 

@@ -138,6 +138,7 @@ class Report(Model):
         "fetching",
         "evaluating",
         "training",
+        "paused",
         "offering",
         "waiting",
         "personalising",

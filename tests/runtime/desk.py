@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from edge_runtime.client import Client, Identity, will
+from edge_runtime.keeper import Watch
 from edge_runtime.lora.adapter import Adapter, Pair
 from edge_runtime.state import DeviceState
 from edge_runtime.trainer import Delivered
@@ -48,6 +49,7 @@ class Desk:
         self.delivered = 0
         self.failure: Exception | None = None
         self.uploads: list[tuple[int, bytes]] = []
+        self.watch = Watch(clock=self.clock)
         self.begin()
 
     def begin(self) -> None:
@@ -61,7 +63,7 @@ class Desk:
             trainer=self.trainer,
             deliver=self._deliver,
             say=self.notes.append,
-            clock=self.clock,
+            watch=self.watch,
         )
 
     def restart(self) -> None:

@@ -22,7 +22,7 @@ from edge_runtime.agent import (
 )
 from edge_runtime.wire.messages import Directive, Need, Offer, Rejected
 from tests.runtime.pocket import OTHER_SPEC, WELCOME, Device, reply_to
-from tests.runtime.said import SPEC, directive, hello, offer
+from tests.runtime.said import SPEC, TRAINING, directive, hello, offer
 
 
 def joined(first: Directive | None = None) -> Device:
@@ -46,7 +46,7 @@ def trained(round_number: int = 1) -> tuple[Device, Offer]:
 
 def test_a_whole_life() -> None:
     device, first = Device(), directive("train", 1)
-    assert device.happen(Received(first)) == [Adopt("one"), MakePlan(SPEC)]
+    assert device.happen(Received(first)) == [Adopt("one"), MakePlan(SPEC, TRAINING)]
     assert device.complete() == [Say(hello("a"))]
     assert device.happen(Received(WELCOME)) == [Fetch(first)]
     assert device.complete() == [Train(first)]
@@ -201,7 +201,7 @@ def test_another_kind_of_adapter_is_planned_for_anew() -> None:
     """The fleet's file has changed, so what the device may hold has too."""
     device = joined()
     other = directive("train", 1, adapter=OTHER_SPEC)
-    assert device.happen(Received(other)) == [MakePlan(OTHER_SPEC)]
+    assert device.happen(Received(other)) == [MakePlan(OTHER_SPEC, TRAINING)]
     assert device.complete() == [Say(hello("a"))]
     assert device.happen(Received(WELCOME)) == [Fetch(other)]
 
@@ -209,7 +209,7 @@ def test_another_kind_of_adapter_is_planned_for_anew() -> None:
 def test_a_plan_that_is_asked_for_during_a_fetch_comes_first() -> None:
     device = joined()
     device.happen(Received(directive("train", 1)))
-    assert device.happen(Received(directive("train", 1, adapter=OTHER_SPEC))) == [MakePlan(OTHER_SPEC)]
+    assert device.happen(Received(directive("train", 1, adapter=OTHER_SPEC))) == [MakePlan(OTHER_SPEC, TRAINING)]
 
 
 @pytest.mark.parametrize("code", ["fingerprint", "shape"])

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from edge_runtime.agent import (
     Action,
+    Exhausted,
+    Fetch,
     Received,
     Repeat,
     Say,
@@ -34,7 +36,10 @@ happenings = st.lists(
         st.tuples(st.just("reply"), replies),
         st.tuples(st.just("foreign reply"), replies),
         st.tuples(
-            st.sampled_from(["welcome", "complete", "complete", "complete", "repeat", "crash", "nonsense"]), st.none()
+            st.sampled_from(
+                ["welcome", "complete", "complete", "complete", "exhausted", "repeat", "crash", "nonsense"]
+            ),
+            st.none(),
         ),
         st.tuples(st.just("refused"), st.sampled_from(["fingerprint", "shape"])),
     ),
@@ -57,6 +62,9 @@ def happen(device: Device, kind: str, detail: Any) -> None:
             device.happen(Received(WELCOME))
         case "complete":
             device.complete()
+        case "exhausted" if device.work and not isinstance(device.work, Fetch):
+            device.work = None
+            device.happen(Exhausted())
         case "repeat":
             device.happen(Repeat())
         case "crash":

@@ -173,8 +173,8 @@ def test_data_that_cannot_be_used_is_one_line_with_file_and_line_number_and_code
 @pytest.mark.parametrize(
     ("base", "words"),
     [
-        ("nonsense", ["smollm2", "Hugging Face folder", ".gguf", "hub id owner/name", "'nonsense'"]),
-        ("nobody/nothing", ["the folder 'nobody/nothing'", "the hub's cache", "the hub"]),
+        ("nonsense", ["smollm2", "a folder with config.json", ".gguf", "hub id owner/name", "'nonsense'"]),
+        ("nobody/nothing", ["'nobody/nothing'", "the hub's cache", "the hub may not be asked"]),
         (".", ["config.json"]),
         ("taken", ["a file that is not a .gguf"]),
     ],
@@ -192,7 +192,7 @@ def test_an_unknown_base_is_one_line_that_lists_what_was_tried_and_code_11(
 
 @pytest.mark.torch
 def test_prepare_refuses_an_unknown_base_and_an_unknown_precision(product: Launcher) -> None:
-    for arguments, word in ((["--base", "nonsense"], "'nonsense'"), (["--precision", "int3"], "bf16, fp32, nf4")):
+    for arguments, word in ((["--base", "nonsense"], "'nonsense'"), (["--precision", "int3"], "bf16, fp32, int8, nf4")):
         code, _, err = product.run("prepare", *arguments)
         assert code == 11
         assert word in only_line(err)

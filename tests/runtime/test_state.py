@@ -102,3 +102,13 @@ def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(ConfigError, match=r"a device state was expected in .*which cannot be used"):
         DeviceState(tmp_path / "file")
+
+
+def test_what_a_device_knows_of_itself_outlives_the_fleet(tmp_path: Path) -> None:
+    state = DeviceState(tmp_path)
+    for name in ("memory_ceiling", "unfinished", "loss_base"):
+        state.put_fact(name, 7)
+    state.adopt("two")
+
+    assert [state.fact(name) for name in ("memory_ceiling", "unfinished", "loss_base")] == [7, 7, None]
+    state.close()

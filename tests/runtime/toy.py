@@ -11,16 +11,18 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from edge_runtime.errors import RoundError
+from edge_runtime.errors import DeviceMemoryError, PlanError, RoundError
 from edge_runtime.lora.adapter import Adapter, LayerSlot, Matrix, Pair, Slot
 from edge_runtime.lora.algebra import change, cut
-from edge_runtime.trainer import AdapterSpec, Introduction, LocalResult, StepReport, Training
+from edge_runtime.trainer import AdapterSpec, Gate, Introduction, LocalResult, StepReport, Training
 
 SHAPES: Mapping[str, tuple[int, int]] = {
     f"model.layers.{index}.self_attn.{module}": shape
     for index, module, shape in ((0, "q_proj", (12, 16)), (1, "v_proj", (10, 16)))
 }
 BASE = "b" * 64
+RANK_BYTES = 1000
+"""What a toy believes that each trained direction takes at its peak."""
 Targets = Mapping[str, Matrix]
 
 
@@ -59,15 +61,27 @@ class ToyTrainer:
         held: what it holds, where the fleet permits that it holds more than it trains.
         examples: its weight.
         base: fingerprint that it claims.
+        bears: the largest rank that it can really train; a larger one runs out of memory in the second step.
     """
 
-    def __init__(self, goal: Targets, *, rank: int, held: int = 64, examples: int = 10, base: str = BASE) -> None:
-        self.targets, self.examples = goal, examples
+    def __init__(
+        self,
+        goal: Targets,
+        *,
+        rank: int,
+        held: int = 64,
+        examples: int = 10,
+        base: str = BASE,
+        bears: int | None = None,
+    ) -> None:
+        self.targets, self.examples, self.bears = goal, examples, bears
+        self._most = rank
         self._rank, self._held, self._base = rank, held, base
         self._received = Adapter({})
         self._trained: dict[str, Pair] = {}
         self.rounds: list[int] = []
         self.specs: list[AdapterSpec] = []
+        self.ceilings: list[int | None] = []
 
     @property
     def peak_bytes(self) -> int:
@@ -79,9 +93,18 @@ class ToyTrainer:
         """What the live model adds to its base, trained slice and frozen rest together."""
         return Adapter({name: self._whole(name) for name in self._received})
 
-    def introduce(self, spec: AdapterSpec) -> Introduction:
-        """The ranks it was made with, within what the fleet permits."""
+    def introduce(
+        self, spec: AdapterSpec, training: Training, ceiling: int | None, on_plan: Callable[[int], None]
+    ) -> Introduction:
+        """The ranks it was made with, within what the fleet permits and what stays below the ceiling."""
+        del training  # a toy's rank does not depend on how its rounds train
         self.specs.append(spec)
+        self.ceilings.append(ceiling)
+        fitting = self._most if ceiling is None else min(self._most, ceiling // RANK_BYTES)
+        if fitting < 1:
+            raise PlanError(f"a direction takes {RANK_BYTES} bytes; found a ceiling of {ceiling}")
+        self._rank = fitting
+        on_plan(RANK_BYTES * min(self._rank, spec.max_rank))
         trained = min(self._rank, spec.max_rank)
         held = max(trained, min(self._held, spec.max_held)) if spec.hold_more else trained
         slot = Slot(
@@ -110,12 +133,18 @@ class ToyTrainer:
         apart = [np.mean((self._whole(name).product() - wanted) ** 2) for name, wanted in self.targets.items()]
         return float(np.mean(apart))
 
-    def train(self, training: Training, round_number: int, on_step: Callable[[StepReport], None]) -> LocalResult:
+    def train(
+        self, training: Training, round_number: int, on_step: Callable[[StepReport], None], gate: Gate
+    ) -> LocalResult:
         """Gradient descent at `learning_rate` for `max_steps`."""
         self.rounds.append(round_number)
         before = dict(self._trained)
         first = self.evaluate()
         for step in range(training.max_steps):
+            if gate():
+                raise KeyboardInterrupt
+            if step == 1 and self.bears is not None and self._rank > self.bears:
+                raise DeviceMemoryError(f"rank {self._rank} is more than this toy can bear")
             for name, wanted in self.targets.items():
                 error = self._whole(name).product() - wanted
                 a, b = self._trained[name].a, self._trained[name].b

@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 from edge_runtime import config
 from edge_runtime.client import Client, Identity, will
 from edge_runtime.config import Config
+from edge_runtime.keeper import Watch
 from edge_runtime.lora.adapter import Adapter
 from edge_runtime.state import DeviceState
 from edge_runtime.trainer import Delivered
@@ -346,7 +347,7 @@ class Fleet:
                 trainer=guarded(trainer, seat.fuse),
                 deliver=lambda: self._deliver(name),
                 say=lambda text: self.notes.append(f"{name}: {text}"),
-                clock=self.clock,
+                watch=Watch(clock=self.clock),
             )
             client.run(seat.stop, poll=0.0)
         except Killed:

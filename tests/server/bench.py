@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.lora.adapter import Adapter
+from edge_runtime.lora.adapter import Adapter, Slot
 from edge_runtime.lora.algebra import cut
 from edge_runtime.trainer import AdapterSpec
 from edge_runtime.wire import bands, blobs, codec, topics
@@ -112,9 +112,13 @@ class Hand:
         """Plan as the directive says, and say hello."""
         return self.say(self.introduction(self.bench.directive.adapter).model_copy(update=changes))
 
+    def introduced(self, asked: Directive) -> Slot:
+        """What it plans for a directive."""
+        return self.trainer.introduce(asked.adapter, asked.training, None, lambda _: None).slot
+
     def introduction(self, spec: AdapterSpec) -> Hello:
         """What it would say of itself."""
-        intro = self.trainer.introduce(spec)
+        intro = self.trainer.introduce(spec, self.bench.directive.training, None, lambda _: None)
         return Hello(
             client=self.name,
             base=intro.base,
@@ -129,10 +133,10 @@ class Hand:
     def train(self, directive: Directive | None = None) -> tuple[Offer, bytes]:
         """A local round from what is retained now."""
         asked = directive or self.bench.directive
-        held = self.trainer.introduce(asked.adapter).slot.held
+        held = self.introduced(asked).held
         whole = self.bench.broadcast(asked)
         self.trainer.receive(Adapter({name: cut(whole[name], rank) for name, rank in held.items()}))
-        result = self.trainer.train(asked.training, asked.round, lambda _: None)
+        result = self.trainer.train(asked.training, asked.round, lambda _: None, lambda: False)
         return self.offer_of(codec.encode(result.change, asked.codec), asked)
 
     def offer_of(self, payload: bytes, directive: Directive | None = None) -> tuple[Offer, bytes]:

@@ -38,6 +38,7 @@ def policy(**changes: Any) -> Policy:
         "fraction_train": 1.0,
         "quorum": 0.5,
         "progress_timeout": TIMEOUT,
+        "pause_timeout": 3 * TIMEOUT,
         "max_upload_bytes": 1000,
         "seed": 0,
     }

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-from bisect import bisect_left
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.errors import PlanError
 from edge_runtime.lora.adapter import Adapter
 from edge_runtime.wire.address import BrokerAddress
-from profiles.card import card_from_config
-from profiles.machine import with_reserve
-from profiles.plan import plan
-from profiles.probe import probe
 from server.aggregators.method import load_state
 from server.store import Store
-from tests.product import PATIENCE, Launcher, Running, one_core
+from tests.product import PATIENCE, Launcher, Running
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 SETTINGS = f"""
@@ -39,6 +33,7 @@ personal_steps = 1
 chunk_bytes = 1024
 [device]
 threads = 1
+precision = "nf4"
 eval_examples = 2
 """
 
@@ -51,28 +46,6 @@ def write_examples(path: Path, seed: int, count: int = 12) -> Path:
     return path
 
 
-def memory_for(base: Path, *, layers: int, held: int) -> int:
-    """The least memory (bytes) with which this machine plans to train so many layers and to hold so many directions."""
-    with one_core():
-        here = probe()
-    card = card_from_config(base)
-
-    def planned(limit: int) -> tuple[int, int]:
-        able = replace(here, memory_bearable_bytes=with_reserve(limit, "declared").value)
-        try:
-            found = plan(
-                able, card, target_modules=TARGETS, rank_choices=(2, 4, 8), held_limit=16, max_length=32, batch_size=2,
-                precision="nf4",
-            )  # fmt: skip
-        except PlanError:
-            return 0, 0
-        return found.layers_trained, found.held
-
-    # The smallest plan of any base needs more than 450 MiB; every rung of a tiny one's ladder lies below 700.
-    limits = range(450 << 20, 700 << 20, 4096)
-    return limits[bisect_left(limits, True, key=lambda limit: planned(limit) >= (layers, held))]
-
-
 @dataclass(frozen=True)
 class Part:
     """One device of a fleet.
@@ -81,13 +54,13 @@ class Part:
         name: its client id.
         data: its JSONL file.
         base: its base model, a folder.
-        memory: what it declares, in bytes; None for all there is.
+        choices: settings of its own, as `--set` takes them: what its owner does not leave to the plan.
     """
 
     name: str
     data: Path
     base: Path
-    memory: int | None = None
+    choices: tuple[str, ...] = ()
 
 
 class Fleet:
@@ -126,10 +99,10 @@ class Fleet:
             arguments, core = ["server", "--store", str(self.store)], None
         else:
             part = self.parts[name]
-            memory = ["--memory-limit", str(part.memory)] if part.memory else []
+            choices = [word for choice in part.choices for word in ("--set", choice)]
             arguments = [
                 "client", "--name", name, "--data", str(part.data), "--base", str(part.base),
-                "--state-dir", str(self.state_dir(name)), *memory,
+                "--state-dir", str(self.state_dir(name)), *choices,
             ]  # fmt: skip
             core = sorted(self.parts).index(name)
         self.running[name] = self.processes.start(*arguments, "--config", str(self.file), core=core)

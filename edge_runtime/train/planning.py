@@ -1,0 +1,97 @@
+"""From what the fleet asks for and the owner allows to this device's plan and its slot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from edge_runtime.config import Device
+from edge_runtime.lora.adapter import LayerSlot, Slot
+from edge_runtime.trainer import AdapterSpec, Training
+from profiles.card import ModelCard
+from profiles.device import DeviceProfile
+from profiles.plan import Plan, plan
+from profiles.terms import Budgets, Overrides, Task
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What the owner of this device allows and insists on; see `edge_runtime.config.Device`.
+
+    Attributes:
+        memory_limit: bytes that training may use, below what the machine allows; None for no such limit.
+        round_seconds: seconds that a round may take; None for any.
+        round_bytes: bytes that a round may move; None for any.
+        overrides: choices that are not left to the plan.
+    """
+
+    memory_limit: int | None = None
+    round_seconds: float | None = None
+    round_bytes: int | None = None
+    overrides: Overrides = field(default_factory=Overrides)
+
+
+def owner_of(device: Device) -> Owner:
+    """What the device's section of the configuration says."""
+    chosen = {entry.name: getattr(device, entry.name) for entry in fields(Overrides)}
+    return Owner(device.memory_limit, device.round_seconds, device.round_bytes, Overrides(**chosen))
+
+
+def choose(
+    profile: DeviceProfile,
+    card: ModelCard,
+    spec: AdapterSpec,
+    training: Training,
+    owner: Owner,
+    ceiling: int | None,
+) -> Plan:
+    """The best plan for this device.
+
+    Args:
+        profile: what the device is; its bearable memory heeds the owner's limit already.
+        card: the base model.
+        spec: what the fleet shares.
+        training: how its rounds train.
+        owner: what the owner allows.
+        ceiling: bytes that the plan must stay below, because a plan above it did not fit; None for no such limit.
+
+    Raises:
+        PlanError: not even the smallest plan fits.
+        ConfigError: an override that the fleet or the model does not permit.
+    """
+    task = Task(
+        target_modules=spec.target_modules,
+        max_rank=min(spec.max_rank, spec.max_held),
+        max_held=spec.max_held,
+        max_length=spec.max_length,
+        batch_size=training.batch_size,
+        steps=training.max_steps,
+        hold_more=spec.hold_more,
+    )
+    memory = ceiling
+    if ceiling is not None and "memory_bearable_bytes" not in profile.unreadable:
+        memory = min(ceiling, profile.memory_bearable_bytes)
+    return plan(profile, card, task, Budgets(memory, owner.round_seconds, owner.round_bytes), owner.overrides)
+
+
+def slot_of(chosen: Plan, card: ModelCard, spec: AdapterSpec) -> Slot:
+    """The plan's slot within the fleet's terms: no rank beyond a layer's size, nothing held that must not be."""
+    layers = {}
+    for name, layer in chosen.layers(card, spec.target_modules).items():
+        widest = min(layer.d_out, layer.d_in, spec.max_held)
+        trained = min(layer.trained, widest)
+        held = layer.held if spec.hold_more else (layer.trained or chosen.rank)
+        layers[name] = LayerSlot(layer.d_out, layer.d_in, max(trained, min(held, widest)), trained)
+    return Slot(layers)
+
+
+def in_words(chosen: Plan, card: ModelCard, spec: AdapterSpec) -> str:
+    """A plan on one line."""
+    all_targets = set(chosen.trained_modules) == set(spec.target_modules)
+    layers = "all" if chosen.layers_trained == card.num_layers else f"last {chosen.layers_trained}"
+    modules = "" if all_targets else f" ({', '.join(chosen.trained_modules)})"
+    checkpointing = ", checkpointing" if chosen.gradient_checkpointing else ""
+    return (
+        f"rank {chosen.rank} of {chosen.held} held, {layers} of {card.num_layers} layers{modules}, {chosen.precision}, "
+        f"{chosen.compute_dtype} compute, micro-batch {chosen.micro_batch}{checkpointing}, "
+        f"≤ {chosen.predicted_peak_bytes / 2**20:.0f} MiB"
+    )
