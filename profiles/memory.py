@@ -30,7 +30,7 @@ TRAINED_BYTES = 16
 FP32_BYTES = 4
 
 # The loss is computed over as many tokens at a time as fit their float32 logits in here.
-LOGITS_BYTES = 16 * MIB
+LOGITS_BYTES = 8 * MIB
 
 RUNTIME_BYTES = 408 * MIB
 CLIENT_BYTES = 18 * MIB

@@ -21,7 +21,7 @@ from edge_runtime.errors import ConfigError, unknown_name
 from edge_runtime.wire import broker as embedded
 from edge_runtime.wire.topics import valid_name
 
-DEVICES = ("pi:800M:stdlib-docs:text", "nano:870M:stdlib-docs:networking", "laptop:2400M:stdlib-docs:numbers")
+DEVICES = ("pi:620M:stdlib-docs:text", "nano:700M:stdlib-docs:networking", "laptop:2400M:stdlib-docs:numbers")
 """Unlike in memory, and so in plan; unlike in data, so that they have something to tell each other."""
 
 SHORT = ("training.max_steps=12", "training.personal_steps=10", "device.eval_examples=16")

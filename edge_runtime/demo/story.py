@@ -22,6 +22,9 @@ from edge_runtime.errors import BaseModelError, WireError
 from edge_runtime.wire import messages
 from edge_runtime.wire.transport import Transport
 
+PRECISIONS = ("nf4", "int8", "bf16")
+"""What plans choose from; which one a device will choose, it alone knows."""
+
 
 @dataclass(frozen=True)
 class DemoDevice:
@@ -107,15 +110,19 @@ def play(story: Story, connect: Callable[[str], Transport], console: Console, st
 
 
 def _prepare(story: Story, console: Console, stop: Callable[[], bool]) -> None:
-    """Convert the base in a process of its own, so that neither this one nor a small device ever holds torch for it."""
-    child = spawn("prepare", verb("prepare", "--base", story.base), story.out / "logs" / "prepare.log")
-    with console.status("preparing the base model …"):
-        while not child.ended and not stop():
-            time.sleep(0.2)
-    end([child])
-    if child.process.returncode and not stop():
-        raise BaseModelError(f"the base model could not be prepared: {child.last_words(1)}")
-    console.print(f"[dim]{child.last_words(1)}[/dim]", highlight=False)
+    """Convert the base in processes of their own, so that neither this one nor a small device ever does it."""
+    for precision in PRECISIONS:
+        arguments = verb("prepare", "--base", story.base, "--precision", precision)
+        child = spawn("prepare", arguments, story.out / "logs" / "prepare.log")
+        with console.status(f"preparing the base model at {precision} …"):
+            while not child.ended and not stop():
+                time.sleep(0.2)
+        end([child])
+        if child.process.returncode and not stop():
+            raise BaseModelError(f"the base model could not be prepared: {child.last_words(1)}")
+        console.print(f"[dim]{child.last_words(1)}[/dim]", highlight=False)
+        if stop():
+            return
 
 
 def _start(story: Story, file: Path, limits: dict[str, Limit]) -> list[Child]:

@@ -21,7 +21,7 @@ from torch.nn import functional
 from edge_runtime.errors import BaseModelError
 from edge_runtime.train.data import IGNORED
 
-LOGITS_BYTES = 16 << 20
+LOGITS_BYTES = 8 << 20
 """Bytes of one chunk's float32 logits."""
 
 # Each of these would change the logits after the head; left out of the loss, training would follow a wrong gradient.

@@ -361,7 +361,7 @@ def test_the_plan_of_a_known_device_needs_the_base_models_configuration_alone(pr
 
     assert (code, err) == (0, "")
     assert_explained(found["profile"])
-    assert set(found["plan"]) - {"reasons"} == set(found["plan"]["reasons"])
+    assert set(found["plan"]) - {"reasons", "next_better"} == set(found["plan"]["reasons"])
     assert all(found["plan"]["reasons"].values())
 
 
