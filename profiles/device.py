@@ -68,7 +68,7 @@ class DeviceProfile:
         memory_bandwidth_gb_s: measured rate of a large copy; what is read and what is written both count.
         nf4_gweights_s: billions of 4-bit weights opened per second, measured.
         int8_gweights_s: the same for int8 weights.
-        op_overhead_us: microseconds that one small torch call costs, measured on a tiny linear layer.
+        op_overhead_us: microseconds that one small torch call costs, measured on a product of 64 pairs of numbers.
         gemm_shapes: (tokens, d_in, d_out) of the products that the GEMM rates were measured at.
         temperature_celsius: the hottest sensor of processor and board; None where there is none.
         battery_percent: charge of the battery; None where there is none.

@@ -31,6 +31,8 @@ FP32_BYTES = 4
 
 # The loss is computed over as many tokens at a time as fit their float32 logits in here.
 LOGITS_BYTES = 8 * MIB
+# ... but no fewer tokens than this, because each chunk reads the whole head.
+CHUNK_LEAST = 32
 
 RUNTIME_BYTES = 408 * MIB
 CLIENT_BYTES = 18 * MIB
@@ -209,6 +211,11 @@ def saved_bytes_per_token(card: ModelCard, setting: Setting) -> int:
     return norms + attention + mlp + FP32_BYTES * (inputs + setting.rank * len(targets))
 
 
+def chunk_tokens(card: ModelCard, setting: Setting) -> int:
+    """Tokens whose logits exist at once."""
+    return min(max(CHUNK_LEAST, LOGITS_BYTES // (FP32_BYTES * card.vocab_size)), setting.tokens)
+
+
 def _base_weights(card: ModelCard, setting: Setting) -> int:
     scales = sum(d_out for d_out, _ in card.projections.values()) * card.num_layers * 2
     return int(card.linear_parameters * PRECISIONS[setting.precision]) + (scales if setting.precision == "int8" else 0)
@@ -230,6 +237,6 @@ def _dequantised(card: ModelCard, setting: Setting) -> int:
 
 def _logits(card: ModelCard, setting: Setting) -> int:
     """A chunk's logits in float32, and in the compute type where that is another one."""
-    chunk = max(1, min(LOGITS_BYTES // (FP32_BYTES * card.vocab_size), setting.tokens))
+    chunk = chunk_tokens(card, setting)
     other = COMPUTE_DTYPES[setting.compute_dtype]
     return chunk * card.vocab_size * (FP32_BYTES + (other if other != FP32_BYTES else 0))

@@ -18,9 +18,10 @@ from collections.abc import Mapping
 from edge_runtime.errors import ConfigError
 from profiles.card import ModelCard
 from profiles.device import DeviceProfile
-from profiles.memory import FP32_BYTES, Setting, saved_bytes_per_token
+from profiles.memory import COMPUTE_DTYPES, FP32_BYTES, Setting, chunk_tokens, saved_bytes_per_token
 
 # Times that a product takes what it would at the measured rate: those of attention and of adapters are thin.
+PRODUCTS_TIMES = 1.1
 ATTENTION_TIMES = 2.5
 ADAPTER_TIMES = 4.0
 # A backward pass of attention, in forward passes.
@@ -29,11 +30,13 @@ ATTENTION_BACKWARD = 2.5
 OPENED_TIMES = 3.0
 # Times that what a layer keeps for its backward pass goes through memory, in one pass over the layer: norms,
 # activations and residuals; and the same of what enters and leaves an adapter in float32, with casts, scaling and sums.
-TRAFFIC_TIMES = 10.0
-ADAPTER_TRAFFIC_TIMES = 36.0
-# Small bare calls that one pass over a layer is worth: some 340 operations, each nine times as dear as a bare one, for
-# Python, modules and autograd around it.
-CALLS_PER_LAYER = 3050
+TRAFFIC_TIMES = 7.5
+ADAPTER_TRAFFIC_TIMES = 27.0
+# The head, which no cache holds.
+HEAD_TRAFFIC_TIMES = 2.25
+# Small bare calls that one pass over a layer is worth: some 340 operations, each fourteen times as dear as a bare one,
+# for Python, modules and autograd around it.
+CALLS_PER_LAYER = 4850
 
 PARTS: Mapping[str, str] = {
     "products": "matrix products of layers and head, at the measured rate of the model's own shapes",
@@ -87,14 +90,17 @@ def parts(profile: DeviceProfile, card: ModelCard, setting: Setting) -> dict[str
     adapters = 2 if setting.held > setting.rank else 1
     inside = sum(sum(card.shape(module)) for module in setting.target_modules) * FP32_BYTES * adapters
     per_token = TRAFFIC_TIMES * saved_bytes_per_token(card, setting) + ADAPTER_TRAFFIC_TIMES * inside
+    # Each chunk of the loss reads the whole head, forward and backward.
+    chunks = -(-setting.tokens // chunk_tokens(card, setting))
+    head = HEAD_TRAFFIC_TIMES * 2 * chunks * card.vocab_size * card.hidden_size * COMPUTE_DTYPES[setting.compute_dtype]
     counted = operations(card, setting)
     rate = _rate(profile, setting) * 1e9
     return {
-        "products": counted["dense"] / rate,
+        "products": PRODUCTS_TIMES * counted["dense"] / rate,
         "attention": ATTENTION_TIMES * counted["attention"] / rate,
         "adapters": ADAPTER_TIMES * counted["adapters"] / (profile.gemm_fp32_gflops * 1e9),
         "opened": opened,
-        "traffic": passes * setting.tokens * per_token / (profile.memory_bandwidth_gb_s * 1e9),
+        "traffic": (passes * setting.tokens * per_token + head) / (profile.memory_bandwidth_gb_s * 1e9),
         "calls": passes * CALLS_PER_LAYER * profile.op_overhead_us * 1e-6,
     }
 

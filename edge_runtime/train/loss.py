@@ -24,6 +24,9 @@ from edge_runtime.train.data import IGNORED
 LOGITS_BYTES = 8 << 20
 """Bytes of one chunk's float32 logits."""
 
+LEAST_TOKENS = 32
+"""Tokens of a chunk at least: each chunk reads the whole head, which fewer tokens would not be worth."""
+
 # Each of these would change the logits after the head; left out of the loss, training would follow a wrong gradient.
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "mup_width_multiplier")
 
@@ -42,8 +45,8 @@ class SummedLoss:
 
 
 def chunk_tokens(vocabulary: int) -> int:
-    """Tokens of one chunk: as many as fit their float32 logits into LOGITS_BYTES, at least one."""
-    return max(1, LOGITS_BYTES // (4 * vocabulary))
+    """Tokens of one chunk: as many as fit their float32 logits into LOGITS_BYTES, and at least LEAST_TOKENS."""
+    return max(LEAST_TOKENS, LOGITS_BYTES // (4 * vocabulary))
 
 
 def _float32_at_least(values: torch.Tensor) -> torch.Tensor:

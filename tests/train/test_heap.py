@@ -43,12 +43,12 @@ print(json.dumps([before, resident()]))
 """
 
 
-def network() -> torch.nn.Sequential:
+def network():
     torch.manual_seed(0)
     return torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(7)))
 
 
-def gradients(model: torch.nn.Sequential) -> list[torch.Tensor]:
+def gradients(model):
     model.zero_grad()
     model(torch.ones(3, 16)).square().sum().backward()
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
