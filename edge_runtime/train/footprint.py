@@ -29,18 +29,18 @@ class Footprint:
 
     def __init__(self, reset: Path = CLEAR_REFS) -> None:
         self._reset = reset
-        self._life = self._sampled = 0
+        self._life = self._sampled = self._files = 0
         self._exact = False
         self.begin()
 
     @property
     def peak_bytes(self) -> int:
         """The peak of the process's life."""
-        return max(self._life, host_peak_bytes(), self._sampled)
+        return max(self._life, self._host_peak(), self._sampled)
 
     def since_begin(self, pool: str) -> int:
         """The peak since `begin`, in bytes of a memory pool: "host", "gpu" or "shared" (`DeviceProfile.pool`)."""
-        host = host_peak_bytes() if self._exact else self._sampled
+        host = self._host_peak() if self._exact else self._sampled
         card = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
         return {"host": host, "gpu": card, "shared": host + card}[pool]
 
@@ -50,11 +50,16 @@ class Footprint:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self._exact = self._set_back()
-        self._sampled = host_bytes()
+        self._sampled, self._files = host_bytes(), file_bytes()
 
     def sample(self) -> None:
         """Take the present as a peak, if it is one; needed where the kernel's own cannot be set back."""
-        self._sampled = max(self._sampled, host_bytes())
+        self._sampled, self._files = max(self._sampled, host_bytes()), max(self._files, file_bytes())
+
+    def _host_peak(self) -> int:
+        """The kernel's peak, less the most pages that files were seen to back: it keeps no peak of those alone."""
+        self._files = max(self._files, file_bytes())
+        return host_peak_bytes() - (self._files - file_bytes())
 
     def _set_back(self) -> bool:
         """Whether the kernel's peak is now the present."""
@@ -74,6 +79,11 @@ def host_bytes() -> int:
     if "VmRSS" in table:
         return table["VmRSS"] - table.get("RssFile", 0)
     return int(psutil.Process().memory_info().rss)
+
+
+def file_bytes() -> int:
+    """Resident bytes that files back now."""
+    return _status().get("RssFile", 0)
 
 
 def host_peak_bytes() -> int:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -198,20 +199,28 @@ def evaluate(live: LiveModel, examples: Sequence[Tokenised], *, batch: int = 1) 
         DataError: no completion token in any example.
     """
     total, tokens, was_training = 0.0, 0, live.model.training
-    device = unwrap(live.model).get_input_embeddings().weight.device
+    causal = unwrap(live.model)
+    device = causal.get_input_embeddings().weight.device
     live.model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), heap.releasing(_layers(causal)):
             for first in range(0, len(examples), batch):
                 part = collate(examples[first : first + batch], device)
                 loss = completion_loss(live.model, part.input_ids, part.labels)
                 total += float(loss.total)
                 tokens += loss.tokens
+                heap.release()
     finally:
         live.model.train(was_training)
     if not tokens:
         raise DataError(f"expected completion tokens to evaluate, found none in {len(examples)} examples")
     return Evaluation(total / tokens, tokens)
+
+
+def _layers(causal: Any) -> Sequence[Any]:
+    """The decoder layers between which the heap is released; none on a GPU, whose memory no heap of ours holds."""
+    on_card = causal.get_input_embeddings().weight.device.type != "cpu"
+    return () if on_card else getattr(causal, causal.base_model_prefix).layers
 
 
 def _trained(live: LiveModel) -> dict[str, torch.nn.Parameter]:
@@ -298,8 +307,7 @@ def _training_mode(live: LiveModel, task: LocalTask) -> Iterator[None]:
     causal = unwrap(live.model)
     was_training = live.model.training
     device = causal.get_input_embeddings().weight.device
-    layers = getattr(causal, causal.base_model_prefix).layers if device.type == "cpu" else ()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), heap.releasing(layers):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), heap.releasing(_layers(causal)):
         live.model.train()
         if task.gradient_checkpointing:
             # Without re-entrance the graph starts at the first trained layer: nothing below it is kept or recomputed,
