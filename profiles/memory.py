@@ -27,6 +27,8 @@ PRECISIONS: Mapping[str, float] = {"nf4": 0.5 + 1 / 64 + 4 / 16384, "int8": 1.0,
 COMPUTE_DTYPES: Mapping[str, int] = {"bf16": 2, "fp32": 4}
 
 TRAINED_BYTES = 16
+# What torch's AdamW holds of each trained number while it updates all of them at once.
+OPTIMIZER_BYTES = 8
 FP32_BYTES = 4
 
 # The loss is computed over as many tokens at a time as fit their float32 logits in here.
@@ -65,6 +67,7 @@ PARTS: Mapping[str, str] = {
     "activations": "kept for the backward pass: all of every trained layer; with checkpointing the input of each",
     "backward": "one layer in its backward pass: its gradients, and with checkpointing all that it recomputes",
     "logits": "one chunk of the head's output in both types",
+    "optimizer": "temporaries of the optimiser's step, beyond what the backward pass has given back by then",
     "slack": "pages that the allocator holds without using them",
 }
 
@@ -137,6 +140,7 @@ class MemoryEstimate:
     activations: int
     backward: int
     logits: int
+    optimizer: int
     slack: int
 
     @property
@@ -179,18 +183,20 @@ def estimate(card: ModelCard, setting: Setting, pool: str = "host") -> MemoryEst
     kept = (entry if setting.gradient_checkpointing else layer) * setting.layers_trained
     backward = again + int(GRADIENTS_SHARE * layer)
     share = HEAP_SHARE if pool == "host" else GPU_SHARE
+    dequantised, logits, slack = _dequantised(card, setting), _logits(card, setting), int(share * again)
     return MemoryEstimate(
         runtime=FLOORS[pool],
         client=0 if pool == "gpu" else CLIENT_BYTES + TOKENIZER_BYTES_PER_ENTRY * card.vocab_size,
         base_weights=_base_weights(card, setting),
         embeddings=_embeddings(card, setting, pool),
-        dequantised=_dequantised(card, setting),
+        dequantised=dequantised,
         held_adapter=held * FP32_BYTES,
         trained_adapter=trained * TRAINED_BYTES,
         activations=kept,
         backward=backward,
-        logits=_logits(card, setting),
-        slack=int(share * again),
+        logits=logits,
+        optimizer=max(0, trained * OPTIMIZER_BYTES - (kept + backward + dequantised + logits + slack)),
+        slack=slack,
     )
 
 
