@@ -43,7 +43,8 @@ SUBJECTS = ("networking", "text", "numbers", "files", "concurrency", "data", "la
 PLAN = re.compile(
     r"plan: rank (?P<rank>\d+) of (?P<held>\d+) held, "
     r"(?:last )?(?P<layers>all|\d+) of \d+ layers(?P<modules> \([^)]*\))?, "
-    r"(?P<precision>\w+), (?P<compute>\w+) compute, micro-batch (?P<size>\d+)(?P<again>, checkpointing)?, "
+    r"(?P<precision>\w+), (?P<compute>\w+) compute, micro-batch (?P<size>\d+) x (?P<length>\d+) tokens"
+    r"(?P<again>, checkpointing)?, "
     r"≤ (?P<peak>\d+) MiB"
 )
 SETTINGS = (
@@ -177,7 +178,7 @@ def _larger_that_fits(card: ModelCard, config: Config, outcome: Outcome) -> str:
     layers = card.num_layers if found["layers"] == "all" else int(found["layers"])
     chosen = Setting(
         targets, int(found["rank"]), int(found["held"]), layers, found["precision"], found["compute"],
-        max_length=config.adapter.max_length, trained_modules=trained,
+        max_length=int(found["length"]), trained_modules=trained,
     )  # fmt: skip
     better = []
     if chosen.rank < config.adapter.max_rank:

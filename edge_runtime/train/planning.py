@@ -92,6 +92,6 @@ def in_words(chosen: Plan, card: ModelCard, spec: AdapterSpec) -> str:
     checkpointing = ", checkpointing" if chosen.gradient_checkpointing else ""
     return (
         f"rank {chosen.rank} of {chosen.held} held, {layers} of {card.num_layers} layers{modules}, {chosen.precision}, "
-        f"{chosen.compute_dtype} compute, micro-batch {chosen.micro_batch}{checkpointing}, "
-        f"≤ {chosen.predicted_peak_bytes / 2**20:.0f} MiB"
+        f"{chosen.compute_dtype} compute, micro-batch {chosen.micro_batch} x {chosen.max_length} tokens"
+        f"{checkpointing}, ≤ {chosen.predicted_peak_bytes / 2**20:.0f} MiB"
     )
