@@ -302,7 +302,6 @@ class LocalTrainer:
         self._ready = self._received = None
         gc.collect()
         heap.release()
-        heap.release()
         torch.cuda.empty_cache()  # does nothing where CUDA was never used
 
     def personal(self) -> Adapter:
