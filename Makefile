@@ -2,6 +2,7 @@
 # editable form. Set-up is repeated only when pyproject.toml or a constraints file has changed.
 #
 #   PYTHON=python3.12   which interpreter .venv is made from (3.10 to 3.13; constraints.txt is tested whole on 3.11)
+#   WORKERS=2           how many fast tests run side by side
 #   PYTHON310=...       a Python 3.10 for the torch-free rooms, where `python3.10` is not on PATH
 #   ARGS="..."          arguments of `make demo`
 #
@@ -27,6 +28,9 @@ TORCH_FREE_TESTS := tests/test_house.py tests/lora tests/wire tests/server tests
 # The models of the tests are tiny: a second thread gains nothing, and on busy cores the threads wait for each other
 # (measured on two busy cores: tests/train/test_loop.py in 165 s with two threads, in 18 s with one).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+# Two workers for what runs in one process; what starts processes or loads real weights has the machine to itself.
+WORKERS ?= 2
+SPREAD := --numprocesses $(WORKERS) --dist worksteal
 PYTEST310 := OMP_NUM_THREADS=1 $(VENV310)/bin/pytest
 
 # Of what pip says, the large downloads: they are what one waits for.
@@ -55,14 +59,16 @@ lint: $(READY) ## the static half of `make check`
 	$(BIN)/lint-imports --no-logo
 
 fast: $(READY) ## the tests of `make check`
-	$(PYTEST) -q -m "$(FAST)"
+	$(PYTEST) -q $(SPREAD) -m "$(FAST)"
 
 test: $(READY) ## every test but the slow ones, then the torch-free rooms on Python 3.10
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -q $(SPREAD) -m "$(FAST)"
+	$(PYTEST) -m "(story or model) and not slow and not gpu"
 	@$(MAKE) --no-print-directory test-torch-free
 
 test-all: $(READY) ## `make test` with the slow tests
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) -q $(SPREAD) -m "$(FAST)"
+	$(PYTEST) -m "(slow or story or model) and not gpu"
 	@$(MAKE) --no-print-directory test-torch-free
 
 # A name on PATH is no proof (a pyenv shim may stand there and run nothing), so each candidate has to say its version.

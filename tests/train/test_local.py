@@ -320,6 +320,7 @@ print(json.dumps([before, found]))
 """
 
 
+@pytest.mark.story
 def test_in_a_client_the_bound_is_in_the_environment_before_the_first_product(
     tmp_path: Path, tiny_base: Path, settings: LocalSettings
 ) -> None:

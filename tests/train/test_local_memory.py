@@ -230,6 +230,7 @@ print(json.dumps([failures, [step.step for step in device.steps], device.trainer
 """
 
 
+@pytest.mark.story
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not enforce RLIMIT_AS")
 def test_an_allocation_that_really_fails_steps_down_and_finishes_the_round(settings: LocalSettings) -> None:
     ended = subprocess.run(
