@@ -1,8 +1,8 @@
 """How fast this machine multiplies, copies, opens quantised weights and calls an operation: measured with torch.
 
-Every rate is the best of several runs: a busy machine only ever adds time. What is allocated at once stays below about
-50 MB of the host's memory, so that a tight limit does not kill the probe that is to respect it. The libraries are
-arguments: `profiles.probe` loads them.
+Every rate is the best of several runs, with all threads and with one: a busy machine only ever adds time. What is
+allocated at once stays below about 50 MB of the host's memory, so that a tight limit does not kill the probe that is to
+respect it. The libraries are arguments: `profiles.probe` loads them.
 """
 
 from __future__ import annotations
@@ -155,25 +155,41 @@ def _best_products(torch: Any, where: str, shape: Shape, budget: float) -> tuple
     ]
     linear = torch.nn.functional.linear
     best = [math.inf, math.inf]
-    deadline = time.perf_counter() + budget
-    # One round is for warming up and does not count; one at least does, however slow the machine.
-    rounds = 0
-    while rounds < 2 or time.perf_counter() < deadline:
-        for index, (x, weight) in enumerate(operands):
-            seconds = _timed(torch, where, partial(linear, x, weight))
-            best[index] = min(best[index], seconds) if rounds else best[index]
-        rounds += 1
+    counts = _thread_counts(torch, where)
+    for threads in counts:
+        with threads_of(torch, threads):
+            deadline = time.perf_counter() + budget / len(counts)
+            # One round is for warming up and does not count; one at least does, however slow the machine.
+            rounds = 0
+            while rounds < 2 or time.perf_counter() < deadline:
+                for index, (x, weight) in enumerate(operands):
+                    seconds = _timed(torch, where, partial(linear, x, weight))
+                    best[index] = min(best[index], seconds) if rounds else best[index]
+                rounds += 1
     return best[0], best[1]
 
 
 def _best(torch: Any, where: str, run: Callable[[], Any], budget: float) -> float:
     """Seconds of the fastest run within the budget, the first left out."""
-    run()
-    best = _timed(torch, where, run)
-    deadline = time.perf_counter() + budget
-    while time.perf_counter() < deadline:
-        best = min(best, _timed(torch, where, run))
+    best, counts = math.inf, _thread_counts(torch, where)
+    for threads in counts:
+        with threads_of(torch, threads):
+            run()
+            best = min(best, _timed(torch, where, run))
+            deadline = time.perf_counter() + budget / len(counts)
+            while time.perf_counter() < deadline:
+                best = min(best, _timed(torch, where, run))
     return best
+
+
+def _thread_counts(torch: Any, where: str) -> tuple[int, ...]:
+    """All threads, and one alone.
+
+    Where another program keeps a core busy, threads that wait for each other at the end of every product measure it up
+    to ten times too slow; one that waits for nobody does not.
+    """
+    threads = torch.get_num_threads()
+    return (threads, 1) if where == "cpu" and threads > 1 else (threads,)
 
 
 def _timed(torch: Any, where: str, run: Callable[[], Any]) -> float:

@@ -7,7 +7,6 @@ memory than its weights need.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from typing import Any, Literal
 
 from edge_runtime import config
 from edge_runtime.errors import BaseModelError, missing_extra
-from edge_runtime.train import eight_bit, prepared
+from edge_runtime.train import eight_bit, heap, prepared
 from edge_runtime.train.convert import convert, precision_named
 from edge_runtime.train.quiet import quiet
 from edge_runtime.train.source import Source, fingerprint, resolve
@@ -114,7 +113,7 @@ def prepare(
             say(f"the converted base in {folder} is damaged and is converted again: {fault}")
         say(f"converting {source.label} to {precision}, once; it is kept in {folder}")
         _convert_into(found, source, memory_bytes)
-    _trim_heap()
+    heap.release()  # what conversion has freed: training in this process shall not be charged for it
     return found
 
 
@@ -240,14 +239,6 @@ def _convert_into(base: PreparedBase, source: Source, memory_bytes: int | None) 
         partial.replace(base.folder)
     finally:
         _remove(partial)
-
-
-def _trim_heap() -> None:
-    """Hand what conversion has freed back to the system: training in this process shall not be charged for it."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    # Only glibc has it, and only glibc's heap needs it.
-    if trim is not None:
-        trim(0)
 
 
 def _remove(folder: Path) -> None:

@@ -21,7 +21,7 @@ from tests.train.tiny import random_adapter
 
 pytest.importorskip("torch")
 
-from edge_runtime.train import data, heap
+from edge_runtime.train import data
 from edge_runtime.train.local import LocalSettings, LocalTrainer
 from edge_runtime.train.planning import Owner
 from profiles.terms import Overrides
@@ -203,7 +203,8 @@ def test_the_plan_is_told_before_anything_large_is_loaded(settings: LocalSetting
 
 LIMITED = """
 import json, pickle, resource, sys
-from tests.train.test_local_memory import Device, DeviceMemoryError, heap
+from tests.train.test_local_memory import Device, DeviceMemoryError
+from edge_runtime.train import heap
 
 device = Device(pickle.loads(bytes.fromhex(sys.stdin.read())))
 device.leave_the_way_to_the_plan()
