@@ -1,23 +1,39 @@
-"""Local examples: from a JSONL file or the standard library's docstrings to token ids, and in which order.
+"""Local examples: from a file or the standard library's docstrings to token ids, and in which order.
 
-Four shapes of a row are understood (`FORMATS`); the loss is taken on what the assistant says, or on the whole of a
-plain text. Nothing here imports torch: the tokenizer is an argument, and padding belongs to the loop.
+The loss is taken on what the assistant says, or on the whole of a plain text. Nothing here imports torch: the
+tokenizer is an argument, and tensors belong to `batches`.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from edge_runtime.errors import DataError
 from edge_runtime.train import stdlib_docs
+from edge_runtime.train.rows import Example, Message, read_jsonl, short
 
-ROLES = ("system", "user", "assistant")
+__all__ = (
+    "IGNORED",
+    "SOURCES",
+    "Example",
+    "Message",
+    "Tokenised",
+    "TokenisedSet",
+    "Tokenizer",
+    "batch_at",
+    "cut",
+    "load_examples",
+    "split",
+    "tokenise",
+    "tokenise_all",
+    "tokenise_whole",
+)
+
 IGNORED = -100
 """The label of a token that bears no loss, as torch's cross-entropy expects it."""
 
@@ -40,36 +56,6 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True)
-class Message:
-    """One turn of a conversation; `role` is one of `ROLES`."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Example:
-    """Either a conversation, whose assistant turns are learned, or a plain text, which is learned whole.
-
-    Attributes:
-        messages: the turns, the last one the assistant's; empty for a plain text.
-        text: the plain text; empty for a conversation.
-    """
-
-    messages: tuple[Message, ...] = ()
-    text: str = ""
-
-    def __post_init__(self) -> None:
-        if bool(self.messages) == bool(self.text):
-            raise ValueError("an example is either a conversation or a text, and not empty")
-
-    def digest(self, salt: str = "") -> str:
-        """SHA-256 (hex) of salt and content: orders examples by nothing but what they say."""
-        content = [[message.role, message.content] for message in self.messages] or self.text
-        return hashlib.sha256(json.dumps([salt, content]).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
 class Tokenised:
     """One example as the model sees it.
 
@@ -84,7 +70,8 @@ class Tokenised:
     @property
     def learned(self) -> int:
         """Tokens that bear loss; the first token of a sequence never does, for nothing predicts it."""
-        return sum(label != IGNORED for label in self.labels[1:])
+        after_first = self.labels[1:]
+        return len(after_first) - after_first.count(IGNORED)
 
 
 @dataclass(frozen=True)
@@ -92,12 +79,16 @@ class TokenisedSet:
     """All examples of one side of the split.
 
     Attributes:
-        examples: those with something to learn.
-        dropped: number of examples of which truncation left nothing to learn.
+        examples: those with something to learn, in their order.
+        dropped: examples left out because nothing to learn is in them, or was left by the cut.
+        cut: of `examples`, those that were longer than the limit and lost their beginning or end.
+        refused: examples left out because they were longer than the limit.
     """
 
-    examples: tuple[Tokenised, ...]
+    examples: Sequence[Tokenised]
     dropped: int
+    cut: int = 0
+    refused: int = 0
 
 
 # --- reading ----------------------------------------
@@ -114,7 +105,7 @@ def load_examples(spec: str, *, limit: int | None = None) -> list[Example]:
         DataError: no such file or group, no rows, or a row that fits no format (names file and line).
     """
     name, colon, argument = spec.partition(":")
-    examples = SOURCES[name](argument) if colon and name in SOURCES else _read_jsonl(spec)
+    examples = SOURCES[name](argument) if colon and name in SOURCES else _from_file(spec)
     if limit is None or len(examples) <= limit:
         return examples
     chosen = sorted(range(len(examples)), key=lambda index: examples[index].digest("limit"))[:limit]
@@ -132,56 +123,7 @@ SOURCES: dict[str, Callable[[str], list[Example]]] = {"stdlib-docs": _from_stdli
 """What may stand before the colon of `--data`; everything else is a file."""
 
 
-class RowError(ValueError):
-    """What is wrong with one row; becomes a DataError once file and line are known."""
-
-
-def _text(row: Mapping[str, Any], key: str) -> str:
-    value = row[key]
-    if not isinstance(value, str) or not value.strip():
-        raise RowError(f"expected '{key}' to be a text that is not empty, found {_short(value)}")
-    return value
-
-
-def _from_messages(row: Mapping[str, Any]) -> Example:
-    turns = row["messages"]
-    if not isinstance(turns, list) or not turns:
-        raise RowError(f"expected 'messages' to be a list that is not empty, found {_short(turns)}")
-    for turn in turns:
-        if not isinstance(turn, dict) or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
-            raise RowError(f"expected each message to have a 'role' among {', '.join(ROLES)} and a text as 'content', "
-                           f"found {_short(turn)}")  # fmt: skip
-    messages = tuple(Message(turn["role"], turn["content"]) for turn in turns)
-    if messages[-1].role != "assistant" or not messages[-1].content.strip():
-        raise RowError(f"expected the last message to be an answer of the assistant, found {_short(turns[-1])}")
-    return Example(messages)
-
-
-def _from_completion(row: Mapping[str, Any]) -> Example:
-    return Example((Message("user", _text(row, "prompt")), Message("assistant", _text(row, "completion"))))
-
-
-def _from_instruction(row: Mapping[str, Any]) -> Example:
-    # Alpaca's rows carry an empty 'input' where the instruction says all.
-    context = _text(row, "input") if row.get("input") else ""
-    prompt = "\n\n".join(part for part in (_text(row, "instruction"), context) if part)
-    return Example((Message("user", prompt), Message("assistant", _text(row, "output"))))
-
-
-def _from_text(row: Mapping[str, Any]) -> Example:
-    return Example(text=_text(row, "text"))
-
-
-# The keys that decide, and what is read from the row; the first line whose keys are all there wins.
-FORMATS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Example]], ...] = (
-    (("messages",), _from_messages),
-    (("prompt", "completion"), _from_completion),
-    (("instruction", "output"), _from_instruction),
-    (("text",), _from_text),
-)
-
-
-def _read_jsonl(spec: str) -> list[Example]:
+def _from_file(spec: str) -> list[Example]:
     path = Path(spec)
     if not spec or not path.is_file():
         known = ", ".join(f"{name}:NAME" for name in SOURCES)
@@ -189,44 +131,7 @@ def _read_jsonl(spec: str) -> list[Example]:
         raise DataError(
             f"expected data in a JSONL file or as {known}; found {found}; give an existing file with --data"
         )
-    examples = [_example(path, number, line) for number, line in _lines(path)]
-    if not examples:
-        raise DataError(f"{path}: expected one JSON object per line, found no rows; the file is empty")
-    return examples
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            bare = line.removeprefix(b"\xef\xbb\xbf").strip()
-            if bare:
-                yield number, bare
-
-
-def _example(path: Path, number: int, line: bytes) -> Example:
-    try:
-        return _from_row(json.loads(line.decode("utf-8")))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}:{number}: expected UTF-8, found {error.reason} at byte {error.start}") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{number}: expected one JSON object per line, found: {error}") from error
-    except RowError as error:
-        raise DataError(f"{path}:{number}: {error}") from error
-
-
-def _from_row(row: object) -> Example:
-    if not isinstance(row, dict):
-        raise RowError(f"expected a JSON object, found {_short(row)}")
-    for keys, build in FORMATS:
-        if all(key in row for key in keys):
-            return build(row)
-    shapes = "; ".join("+".join(keys) for keys, _ in FORMATS)
-    raise RowError(f"expected the keys of one format ({shapes}), found {', '.join(sorted(row)) or 'no keys'}")
-
-
-def _short(value: object) -> str:
-    shown = json.dumps(value, ensure_ascii=False)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+    return read_jsonl(path)
 
 
 # --- splitting ----------------------------------------
@@ -264,12 +169,7 @@ def split(examples: Sequence[Example], *, fraction: float = 0.15, seed: int = 0)
 
 
 def tokenise(example: Example, tokenizer: Tokenizer, max_length: int) -> Tokenised:
-    """One example as token ids and labels.
-
-    Each piece (prompt, answer, …) is tokenised alone, as it is when the model generates: the ids of a prompt do not
-    depend on the answer. An answer ends with the end-of-sequence token, which is learned; what a chat template writes
-    behind it is not. Too long a sequence loses the beginning of its prompt first, down to half of `max_length`, then
-    the end of its answer.
+    """One example as token ids and labels, no longer than `max_length` tokens: `tokenise_whole`, then `cut`.
 
     Args:
         example: what to tokenise.
@@ -279,24 +179,45 @@ def tokenise(example: Example, tokenizer: Tokenizer, max_length: int) -> Tokenis
     Raises:
         DataError: the chat template writes a conversation differently once the answer is known.
     """
-    pieces = list(_pieces(example, tokenizer))
+    return cut(tokenise_whole(example, tokenizer), max_length)
+
+
+def tokenise_whole(example: Example, tokenizer: Tokenizer) -> Tokenised:
+    """One example as token ids and labels, however long.
+
+    Each piece (prompt, answer, …) is tokenised alone, as it is when the model generates: the ids of a prompt do not
+    depend on the answer. An answer ends with the end-of-sequence token, which is learned; what a chat template writes
+    behind it is not.
+
+    Raises:
+        DataError: the chat template writes a conversation differently once the answer is known.
+    """
     ids: list[int] = []
     labels: list[int] = []
-    for text, learned in pieces:
+    for text, learned in _pieces(example, tokenizer):
         tokens = list(tokenizer.encode(text, add_special_tokens=False)) if text else []
         ids += tokens
         labels += tokens if learned else [IGNORED] * len(tokens)
+    return Tokenised(tuple(ids), tuple(labels))
+
+
+def cut(tokenised: Tokenised, max_length: int) -> Tokenised:
+    """At most `max_length` tokens: the prompt loses its beginning, down to half of them, then the answer its end."""
+    ids, labels = tokenised.input_ids, tokenised.labels
     prompt = next((index for index, label in enumerate(labels) if label != IGNORED), len(labels))
     start = min(max(len(ids) - max_length, 0), max(prompt - max_length // 2, 0))
     window = slice(start, start + max_length)
-    return Tokenised(tuple(ids[window]), tuple(labels[window]))
+    return Tokenised(ids[window], labels[window])
 
 
 def tokenise_all(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> TokenisedSet:
-    """`tokenise` of each example, without those of which nothing to learn is left; says how many those are."""
-    everything = [tokenise(example, tokenizer, max_length) for example in examples]
-    kept = tuple(tokenised for tokenised in everything if tokenised.learned)
-    return TokenisedSet(kept, len(everything) - len(kept))
+    """`tokenise` of each example, as tuples; `token_cache.tokens_of` does the same in a seventh of the memory."""
+    whole = [tokenise_whole(example, tokenizer) for example in examples]
+    pairs = [(len(found.input_ids) > max_length, cut(found, max_length)) for found in whole]
+    kept = [(longer, found) for longer, found in pairs if found.learned]
+    return TokenisedSet(
+        tuple(found for _, found in kept), dropped=len(pairs) - len(kept), cut=sum(longer for longer, _ in kept)
+    )
 
 
 def _pieces(example: Example, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
@@ -339,7 +260,7 @@ def _chat_pieces(messages: Sequence[Message], tokenizer: Tokenizer, eos: str) ->
         if not before.startswith(done) or not after.startswith(before):
             raise DataError(
                 f"expected a chat template that only appends; found one that rewrites earlier turns, at turn "
-                f"{index + 1} of {_short(messages[0].content)}; give rows with one prompt and one completion instead"
+                f"{index + 1} of {short(messages[0].content)}; give rows with one prompt and one completion instead"
             )
         cut = after.rfind(eos, len(before)) if eos else -1
         end = cut + len(eos) if cut >= 0 else len(after)

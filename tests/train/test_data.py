@@ -20,10 +20,12 @@ from edge_runtime.train.data import (
     Example,
     Message,
     batch_at,
+    cut,
     load_examples,
     split,
     tokenise,
     tokenise_all,
+    tokenise_whole,
 )
 from tests.train.conftest import CHAT_TEMPLATE
 
@@ -261,6 +263,18 @@ def test_what_has_nothing_to_learn_is_dropped_and_counted() -> None:
 
     assert (everything.examples, everything.dropped) == ((), 2)
     assert tokenise_all([pair("ask", "say")], Letters(chat=True), 40).dropped == 0
+
+
+def test_what_was_longer_is_counted_and_can_be_had_whole() -> None:
+    letters, examples = Letters(chat=False), [pair("ask ", "answer" * 10), pair("ask ", "say")]
+
+    found = tokenise_all(examples, letters, 20)
+
+    assert (found.cut, found.dropped, found.refused) == (1, 0, 0)
+    whole = tokenise_whole(examples[0], letters)
+    assert text_of(whole.input_ids) == "ask " + "answer" * 10 + "\x00"
+    assert cut(whole, 20) == found.examples[0]
+    assert cut(whole, 1000) == whole
 
 
 def test_a_template_that_rewrites_earlier_turns_is_an_error() -> None:
