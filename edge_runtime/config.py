@@ -108,6 +108,12 @@ class Training(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     seed: int = 0
+    schedule: Literal["constant", "cosine", "linear"] = "linear"
+    """How the learning rate falls after its warm-up."""
+    lora_plus_ratio: Annotated[float, Field(ge=1)] = 1.0
+    """Learning rate of `b` over that of `a`: LoRA+, arXiv 2402.12354."""
+    carry_moments: bool = False
+    """Whether a device's optimiser begins a round with the moments of its last one, rotated onto the new factors."""
     personal_steps: Annotated[int, Field(ge=0)] = 16
     """Steps from the last global adapter to the personal one."""
 
@@ -161,6 +167,10 @@ class Device(Section):
     eval_examples: Positive = 24
     """Held-out examples that are really evaluated, at most."""
     max_examples: Positive | None = None
+    checkpoint_steps: Positive = 10
+    """Optimiser steps between two writes of a round's state: what a kill costs at most."""
+    checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds after which the next complete step is written in any case."""
 
 
 class Governor(Section):

@@ -33,6 +33,13 @@ class Training(Model):
     weight_decay: Annotated[Finite, Field(ge=0)]
     max_grad_norm: Annotated[Finite, Field(gt=0)]
     seed: int
+    schedule: Annotated[str, Field(description="how the learning rate falls; see train.loop.SCHEDULES")] = "linear"
+    lora_plus_ratio: Annotated[
+        Finite, Field(ge=1, description="learning rate of `b` over that of `a` (LoRA+, arXiv 2402.12354)")
+    ] = 1.0
+    carry_moments: Annotated[
+        bool, Field(description="whether the optimiser begins with the moments of the last round, rotated")
+    ] = False
 
 
 class AdapterSpec(Model):

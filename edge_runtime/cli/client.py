@@ -128,6 +128,7 @@ def _trainer(config: Config, owner: Owner, say: Callable[[str], None]) -> LocalT
         examples = data.load_examples(device.data, limit=device.max_examples)
         data.split(examples, fraction=device.eval_fraction)
         source.resolve(device.base)
+        from edge_runtime.train.keeping import Keeping
         from edge_runtime.train.local import LocalSettings, LocalTrainer
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "torch", "client") from error
@@ -138,6 +139,7 @@ def _trainer(config: Config, owner: Owner, say: Callable[[str], None]) -> LocalT
         eval_examples=device.eval_examples,
         owner=owner,
         cache=settings.cache_dir(),
+        keeping=Keeping(device.state_dir, device.checkpoint_steps, device.checkpoint_seconds),
     )
     return LocalTrainer(chosen, say=say)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -11,10 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
-from edge_runtime.errors import DataError, DeviceMemoryError
-from edge_runtime.lora.adapter import Adapter, Pair, Slot
+from edge_runtime.errors import DataError, DeviceMemoryError, RoundError, unknown_name
+from edge_runtime.lora.adapter import Adapter, Matrix, Pair, Slot
 from edge_runtime.lora.algebra import change, take
 from edge_runtime.train import data, heap, loop, prepared, resume
 from edge_runtime.train.base import LoadedBase, load, prepare
@@ -22,6 +24,7 @@ from edge_runtime.train.bounds import bound_primitive_cache
 from edge_runtime.train.exhaustion import bearing
 from edge_runtime.train.families import get
 from edge_runtime.train.footprint import Footprint
+from edge_runtime.train.keeping import Keeping, KeptRounds, RoundName, key_of
 from edge_runtime.train.live import LiveModel
 from edge_runtime.train.planning import Owner, choose, in_words, slot_of
 from edge_runtime.train.source import resolve
@@ -49,6 +52,9 @@ class LocalSettings:
         eval_examples: held-out examples that are really evaluated, at most.
         owner: what its owner allows.
         cache: where converted bases are kept.
+        keeping: where and how often the state of a round is kept; None for a device whose rounds begin anew after a
+            restart.
+        optimizer: a name in optimizer.OPTIMIZERS.
     """
 
     base: str
@@ -57,6 +63,8 @@ class LocalSettings:
     eval_examples: int
     owner: Owner
     cache: Path
+    keeping: Keeping | None = None
+    optimizer: str = "adamw"
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +78,10 @@ class Ready:
     slot: Slot
     base: LoadedBase
     live: LiveModel
-    train: tuple[data.Tokenised, ...]
-    held_out: tuple[data.Tokenised, ...]
+    train: Sequence[data.Tokenised]
+    held_out: Sequence[data.Tokenised]
+    data: str
+    """A digest of the examples to train on, in their order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,14 +90,6 @@ class _Received:
 
     before: Mapping[str, Pair]
     digest: str
-
-
-@dataclass(frozen=True, eq=False)
-class _Interrupted:
-    """A round that memory ended early, and all that must be the same for it to go on."""
-
-    key: tuple[object, ...]
-    state: resume.RoundState
 
 
 class LocalTrainer:
@@ -105,7 +107,7 @@ class LocalTrainer:
         self._profile: DeviceProfile | None = None
         self._ready: Ready | None = None
         self._received: _Received | None = None
-        self._interrupted: _Interrupted | None = None
+        self._kept = KeptRounds(settings.keeping, say)
         self._footprint = Footprint()
 
     @property
@@ -146,7 +148,8 @@ class LocalTrainer:
         if before is not None and (before.spec, before.ceiling) == (spec, ceiling):
             return self._introduction(before)
         if before is not None and before.spec != spec:
-            before = self._interrupted = None
+            before = None
+            self._kept.forget()
             self.release()
         card = find_card(self._settings.base)
         profile = self._profile = self._probed(card)
@@ -159,7 +162,7 @@ class LocalTrainer:
             heap.release()
             self._footprint.begin()
         else:
-            self._interrupted = None
+            self._kept.forget()
             del before  # two models at once are what no device has room for
             self.release()
             with bearing("loading the base model"):
@@ -206,7 +209,8 @@ class LocalTrainer:
         if tokens.dropped:
             self._say(f"{tokens.dropped} examples are longer than {chosen.max_length} tokens and are left out")
         live = get(spec.family).attach(base.model, slot, scaling=spec.scaling)
-        return Ready(chosen, card, spec, ceiling, slot, base, live, tokens.examples, tokens_held_out.examples)
+        digest = _digest(tokens.examples)
+        return Ready(chosen, card, spec, ceiling, slot, base, live, tokens.examples, tokens_held_out.examples, digest)
 
     def _introduction(self, ready: Ready) -> Introduction:
         versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
@@ -239,21 +243,20 @@ class LocalTrainer:
     def train(
         self, training: Training, round_number: int, on_step: Callable[[StepReport], None], gate: Gate
     ) -> LocalResult:
-        """One local round from what was received, or the rest of one that a lack of memory interrupted.
+        """One local round from what was received, or the rest of one that was interrupted.
+
+        By lack of memory, a stop, a kill (with a place on disk), or a step that gave no finite number.
 
         Raises:
             DeviceMemoryError: memory ran out, or the process grew beyond what this device can bear.
-            RoundError: the loss is not finite, or gradients are missing.
+            RoundError: the loss is not finite (says which layer), gradients are missing, or the fleet asks for a
+                schedule that this version does not know.
             KeyboardInterrupt: asked to stop.
         """
-        ready, received = self.ready, self._received
+        ready, received, kept = self.ready, self._received, self._kept
         if received is None:
             raise DataError("nothing was received yet; receive() comes first")
-        key = (training, round_number, received.digest, ready.slot, _same(ready.plan))
-        start = self._interrupted.state if self._interrupted and self._interrupted.key == key else None
-        self._interrupted = None
-        if start is not None:
-            self._say(f"going on after step {len(start.reports)} of {training.max_steps}")
+        task = _task(training, round_number, ready, self._settings.optimizer)
 
         def stepped(at: resume.StepReport) -> None:
             on_step(StepReport(at.step, at.steps, at.loss))
@@ -264,22 +267,47 @@ class LocalTrainer:
             return gate()
 
         with bearing("training"):
-            result = loop.train_round(
-                ready.live,
-                ready.train,
-                _task(training, round_number, ready.plan),
-                start=start,
-                on_step=stepped,
-                should_stop=asked,
-            )
+            try:
+                result = loop.train_round(
+                    ready.live,
+                    ready.train,
+                    task,
+                    start=self._start(training, round_number, received),
+                    on_step=stepped,
+                    should_stop=asked,
+                    keep=kept.stepped,
+                )
+            except resume.NotFiniteError as error:
+                if error.state is not None:
+                    kept.interrupted(error.state)
+                raise
+        if not result.finished:
+            kept.interrupted(result.state)
         if result.failure:
-            self._interrupted = _Interrupted(key, result.state)
             raise DeviceMemoryError(result.failure)
         if not result.finished:
             raise KeyboardInterrupt
+        kept.finished(result.state)
         trained = get(ready.spec.family).read_trained(ready.live)
         moved = {name: change(pair, received.before[name]) for name, pair in trained.items()}
         return LocalResult(Adapter(moved), result.examples, result.loss_first, result.loss_last)
+
+    def _start(self, training: Training, round_number: int, received: _Received) -> resume.RoundState | None:
+        """What the round begins with; None for the adapter that was received, and nothing more."""
+        ready, optimizer = self.ready, self._settings.optimizer
+        base = ready.base.prepared.fingerprint
+        of_model = (base, ready.spec.family, optimizer)
+        key = key_of(training, round_number, received.digest, ready.slot, _same(ready.plan), of_model, ready.data)
+        trainable = get(ready.spec.family).trainable
+
+        def parameters() -> dict[str, Matrix]:
+            return {name: p.detach().cpu().numpy().copy() for name, p in trainable(ready.live).items()}
+
+        name = RoundName(round_number, key, key_of(of_model), optimizer)
+        start = self._kept.begin(name, parameters, carry=training.carry_moments)
+        if start is not None and start.reports:
+            self._say(f"going on after step {len(start.reports)} of {training.max_steps}")
+        return start
 
     def _check_footprint(self, step: int) -> None:
         """Compare the peak since the plan was made with what the device can bear, before the kernel does.
@@ -318,7 +346,17 @@ def _same_model(one: Plan, other: Plan) -> bool:
     return (_same(one), one.threads) == (_same(other), other.threads)
 
 
-def _task(training: Training, round_number: int, chosen: Plan) -> loop.LocalTask:
+def _digest(examples: Sequence[data.Tokenised]) -> str:
+    total = hashlib.sha256()
+    for example in examples:
+        total.update(np.asarray([len(example.input_ids), *example.input_ids, *example.labels], np.int32).tobytes())
+    return total.hexdigest()
+
+
+def _task(training: Training, round_number: int, ready: Ready, optimizer: str) -> loop.LocalTask:
+    if training.schedule not in loop.SCHEDULES:
+        raise RoundError(unknown_name("schedule", training.schedule, loop.SCHEDULES) + "; update this device")
+    chosen = ready.plan
     return loop.LocalTask(
         steps=training.max_steps,
         learning_rate=training.learning_rate,
@@ -330,4 +368,8 @@ def _task(training: Training, round_number: int, chosen: Plan) -> loop.LocalTask
         # Another order of the examples in each round, the same in each repetition of the run.
         seed=training.seed * 10_007 + round_number,
         gradient_checkpointing=chosen.gradient_checkpointing,
+        schedule=training.schedule,
+        optimizer=optimizer,
+        lora_plus_ratio=training.lora_plus_ratio,
+        family=ready.spec.family,
     )

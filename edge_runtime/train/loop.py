@@ -7,21 +7,22 @@ rounding, and whether or not the round was interrupted. No clock is read and not
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from edge_runtime.errors import DataError, DeviceMemoryError, RoundError, unknown_name
-from edge_runtime.train import heap
+from edge_runtime.train import families, heap, optimizer
 from edge_runtime.train.batches import collate
+from edge_runtime.train.culprit import first_bad_gradient, first_bad_output
 from edge_runtime.train.data import Tokenised, batch_at
 from edge_runtime.train.exhaustion import bearing
 from edge_runtime.train.live import LiveModel
 from edge_runtime.train.loss import completion_loss, unwrap
-from edge_runtime.train.resume import RoundState, StepReport, capture, restore
+from edge_runtime.train.resume import NotFiniteError, RoundState, StepReport, capture, restore
 
 # The share of the learning rate that is left, by the share of the round (after its warm-up) that is done, in [0, 1).
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -41,11 +42,14 @@ class LocalTask:
         micro_batch: examples that pass through the model at once.
         gradient_accumulation_steps: micro-batches of one optimiser step.
         warmup_steps: steps over which the learning rate rises to its largest.
-        weight_decay: of AdamW, on both factors.
+        weight_decay: decoupled, of both factors.
         max_grad_norm: the gradient's norm is clipped to this.
         seed: decides the order of the examples, and dropout where the base model has any.
         gradient_checkpointing: recompute activations instead of keeping them.
         schedule: a name in SCHEDULES.
+        optimizer: a name in optimizer.OPTIMIZERS.
+        lora_plus_ratio: the learning rate of `b` over that of `a`, at least 1.
+        family: the kind of adapter that the live model holds, a name in families.FAMILIES.
     """
 
     steps: int
@@ -58,6 +62,9 @@ class LocalTask:
     seed: int = 0
     gradient_checkpointing: bool = False
     schedule: str = "linear"
+    optimizer: str = "adamw"
+    lora_plus_ratio: float = 1.0
+    family: str = "lora"
 
     def __post_init__(self) -> None:
         for name in ("steps", "micro_batch", "gradient_accumulation_steps"):
@@ -66,8 +73,11 @@ class LocalTask:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"a local task needs a positive {name}; found {getattr(self, name)}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(unknown_name("schedule", self.schedule, SCHEDULES))
+        if not self.lora_plus_ratio >= 1:
+            raise ValueError(f"a local task needs a lora_plus_ratio of at least 1; found {self.lora_plus_ratio}")
+        for name, known in (("schedule", SCHEDULES), ("optimizer", optimizer.OPTIMIZERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(unknown_name(name, getattr(self, name), known))
 
     @property
     def batch_size(self) -> int:
@@ -113,6 +123,16 @@ class Evaluation:
     tokens: int
 
 
+class _Run(NamedTuple):
+    """What every step of one round needs."""
+
+    live: LiveModel
+    task: LocalTask
+    parameters: Mapping[str, torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    should_stop: Callable[[], bool] | None
+
+
 class _Stopped(Exception):  # noqa: N818 - a signal between two functions of this module, not an error
     pass
 
@@ -137,6 +157,7 @@ def train_round(
     start: RoundState | None = None,
     on_step: Callable[[StepReport], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    keep: Callable[[Callable[[], RoundState]], None] | None = None,
 ) -> TrainResult:
     """Train the slice of a live model, in place.
 
@@ -144,36 +165,41 @@ def train_round(
         live: holds the adapter to start from, unless `start` brings its own.
         examples: the device's own; every one is used before any is used again.
         task: what to do.
-        start: the state of an interrupted round of the same task, to finish it as if it had not been interrupted.
+        start: the state of an interrupted round of the same task, to finish it as if it had not been interrupted; or
+            one without steps, whose moments the optimiser is to begin with. It is used up.
         on_step: called after each optimiser step. It may raise DeviceMemoryError: then the round ends, as it does when
             memory runs out; the result says so, and holds the state to go on from with a smaller micro-batch.
         should_stop: asked before each micro-batch; a step that is not complete leaves no trace. It may block: a device
             that pauses waits in it, and the round goes on as if nothing had happened. It may raise as `on_step` may.
+        keep: called after each optimiser step, before `on_step`, with a function that gives the state as views: good
+            until `keep` returns, and without memory of its own on a CPU. Whoever keeps states on disk calls it.
 
     Raises:
         DeviceMemoryError: memory ran out in the middle of an update: the round can only begin anew.
         DataError: no example, or a step whose examples have no completion.
-        RoundError: a loss or gradient that is not finite, a parameter without a gradient, or a `start` that does not
-            fit the live model.
+        NotFiniteError: a loss or gradient that is not finite; says where it began. The step was not taken, and the
+            error holds the state before it.
+        RoundError: a parameter without a gradient, or a `start` that does not fit the live model.
+        MissingExtraError: the task's optimiser needs a library that is not installed.
     """
     if not examples:
         raise DataError("expected at least one example to train on, found none; give this device data")
-    parameters = _trained(live)
+    parameters = families.get(task.family).trainable(live)
     if not parameters:
         raise RoundError("this device's slot trains no layer; expected at least one, or no call for training")
-    optimizer = torch.optim.AdamW(
-        list(parameters.values()), lr=task.learning_rate, weight_decay=task.weight_decay, betas=(0.9, 0.999), eps=1e-8
-    )
+    run = _Run(live, task, parameters, _optimizer(task, parameters), should_stop)
     reports: list[StepReport] = []
     if start is not None:
-        restore(parameters, optimizer, start)
         reports.extend(start.reports)
-    finished, failure = True, ""
+        restore(parameters, run.optimizer, start)
+    finished, failure, broken = True, "", None
     try:
         with _training_mode(live, task):
             for step in range(len(reports), task.steps):
                 batch = [examples[index] for index in _indices(len(examples), task, step)]
-                reports.append(_step(live, batch, task, step, optimizer, should_stop))
+                reports.append(_step(run, batch, step))
+                if keep is not None:
+                    keep(lambda: capture(parameters, run.optimizer, tuple(reports), copy=False))
                 if on_step is not None:
                     on_step(reports[-1])
     except _Stopped:
@@ -182,8 +208,12 @@ def train_round(
         raise DeviceMemoryError(str(error)) from None
     except DeviceMemoryError as error:
         finished, failure = False, str(error)
-    optimizer.zero_grad(set_to_none=True)
-    state = capture(parameters, optimizer, tuple(reports))
+    except NotFiniteError as error:
+        broken = str(error)
+    run.optimizer.zero_grad(set_to_none=True)
+    state = capture(parameters, run.optimizer, tuple(reports))
+    if broken is not None:
+        raise NotFiniteError(broken, state)
     return _result(state, examples, task, finished=finished, failure=failure)
 
 
@@ -223,48 +253,46 @@ def _layers(causal: Any) -> Sequence[Any]:
     return () if on_card else getattr(causal, causal.base_model_prefix).layers
 
 
-def _trained(live: LiveModel) -> dict[str, torch.nn.Parameter]:
-    # Every family freezes all but its trained slice: the loop need not know which family it trains.
-    return {name: parameter for name, parameter in live.model.named_parameters() if parameter.requires_grad}
-
-
 def _indices(count: int, task: LocalTask, step: int) -> tuple[int, ...]:
     # Of the whole step, so that the order does not depend on how memory cuts it into micro-batches.
     return batch_at(step, count=count, micro_batch=task.batch_size, seed=task.seed)
 
 
-def _step(
-    live: LiveModel,
-    batch: Sequence[Tokenised],
-    task: LocalTask,
-    step: int,
-    optimizer: torch.optim.Optimizer,
-    should_stop: Callable[[], bool] | None,
-) -> StepReport:
+def _optimizer(task: LocalTask, parameters: Mapping[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return optimizer.build(
+        task.optimizer,
+        parameters,
+        learning_rate=task.learning_rate,
+        weight_decay=task.weight_decay,
+        lora_plus_ratio=task.lora_plus_ratio,
+    )
+
+
+def _step(run: _Run, batch: Sequence[Tokenised], step: int) -> StepReport:
+    task = run.task
     tokens = sum(example.learned for example in batch)
     if not tokens:
         raise DataError(f"step {step + 1}: expected completion tokens in its {len(batch)} examples, found none")
     # Of the step, not of the round: an interrupted round then sees the same dropout, if the base has any.
     torch.manual_seed(task.seed * 1_000_003 + step)
-    optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=True)
     loss = 0.0
     for first in range(0, len(batch), task.micro_batch):
-        if should_stop is not None and should_stop():
+        if run.should_stop is not None and run.should_stop():
             raise _Stopped
         with bearing(f"step {step + 1} passed {min(task.micro_batch, len(batch) - first)} examples through the model"):
-            loss += _accumulate(live, batch[first : first + task.micro_batch], tokens, step)
-    gradient_norm = _clip(live, task, step)
+            loss += _accumulate(run.live, batch[first : first + task.micro_batch], tokens, step)
+    gradient_norm = _clip(run, step)
     rate = learning_rate_at(task, step)
-    _update(optimizer, rate, step)
+    _update(run.optimizer, rate, step)
     return StepReport(step + 1, task.steps, loss, tokens, rate, gradient_norm)
 
 
-def _update(optimizer: torch.optim.Optimizer, rate: float, step: int) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+def _update(updating: torch.optim.Optimizer, rate: float, step: int) -> None:
+    optimizer.set_rate(updating, rate)
     try:
         with bearing(f"step {step + 1} updated the adapter"):
-            optimizer.step()
+            updating.step()
     except DeviceMemoryError as error:
         # Some parameters have moved and others have not: nobody could go on from there.
         raise _HalfUpdated(str(error)) from None
@@ -272,12 +300,16 @@ def _update(optimizer: torch.optim.Optimizer, rate: float, step: int) -> None:
 
 def _accumulate(live: LiveModel, examples: Sequence[Tokenised], tokens: int, step: int) -> float:
     """Add a micro-batch's share of the gradient of the step's mean token loss; returns its share of that loss."""
-    batch = collate(examples, unwrap(live.model).get_input_embeddings().weight.device)
+    causal = unwrap(live.model)
+    batch = collate(examples, causal.get_input_embeddings().weight.device)
     share = completion_loss(live.model, batch.input_ids, batch.labels).total / tokens
     value = float(share.detach())
     if not math.isfinite(value):
-        raise RoundError(
-            f"step {step + 1}: expected a finite loss, found {value}; lower learning_rate, or compute in float32"
+        del share  # and with it what the forward pass kept: the search needs room of its own
+        where = first_bad_output(causal, lambda: completion_loss(live.model, batch.input_ids, batch.labels))
+        raise NotFiniteError(
+            f"step {step + 1}: expected a finite loss, found {value}, first {where}; "
+            "lower learning_rate, or compute in float32"
         )
     share.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     del share
@@ -285,8 +317,8 @@ def _accumulate(live: LiveModel, examples: Sequence[Tokenised], tokens: int, ste
     return value
 
 
-def _clip(live: LiveModel, task: LocalTask, step: int) -> float:
-    parameters = _trained(live)
+def _clip(run: _Run, step: int) -> float:
+    parameters = run.parameters
     # bitsandbytes can lose gradients without a word (its packed CPU kernels have no backward); AdamW would then skip
     # the parameters and the round would end as it began.
     lost = [name for name, parameter in parameters.items() if parameter.grad is None]
@@ -295,10 +327,16 @@ def _clip(live: LiveModel, task: LocalTask, step: int) -> float:
             f"step {step + 1}: expected a gradient for each of {len(parameters)} parameters, none for {len(lost)} "
             f"({lost[0]}, …); the base model's kernels cut the backward pass: load it without 4-bit weights"
         )
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), task.max_grad_norm))
-    if not math.isfinite(norm):
-        raise RoundError(f"step {step + 1}: expected a finite gradient, found norm {norm}; lower learning_rate")
-    return norm
+    norms = optimizer.gradient_norms(parameters)
+    total = math.hypot(*norms.values())
+    if not math.isfinite(total):
+        where = first_bad_gradient(run.live.model, norms, parameters)
+        raise NotFiniteError(
+            f"step {step + 1}: expected a finite gradient, found norm {total}, first in that of '{where}'; "
+            "lower learning_rate, or compute in float32"
+        )
+    optimizer.clip(parameters, total, run.task.max_grad_norm)
+    return total
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
+from edge_runtime.config import Training  # noqa: E402 - after the check that torch is there
 from edge_runtime.errors import DataError, RoundError  # noqa: E402 - after the check that torch is there
 from edge_runtime.lora.algebra import take  # noqa: E402 - as above
 from edge_runtime.train.data import IGNORED, Tokenised  # noqa: E402 - as above
@@ -35,7 +36,8 @@ from edge_runtime.train.loop import (  # noqa: E402 - as above
     learning_rate_at,
     train_round,
 )
-from edge_runtime.train.resume import StepReport  # noqa: E402 - as above
+from edge_runtime.train.optimizer import OPTIMIZERS  # noqa: E402 - as above
+from edge_runtime.train.resume import RoundState, StepReport  # noqa: E402 - as above
 from tests.train import tiny  # noqa: E402 - as above
 
 pytestmark = pytest.mark.torch
@@ -106,17 +108,19 @@ def test_the_global_random_state_neither_matters_nor_changes(live: LiveModel) ->
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
 @pytest.mark.parametrize("count", [0, 1, 5, 6, 11])
 def test_a_round_that_was_stopped_anywhere_and_resumed_ends_in_the_same_bytes(
-    live: LiveModel, tiny_base: Path, count: int
+    live: LiveModel, tiny_base: Path, count: int, optimizer: str
 ) -> None:
     """In another process too: everything comes from the state, nothing from the interrupted model."""
-    expected = trained_digest(live)
+    task = dataclasses.replace(TASK, optimizer=optimizer, lora_plus_ratio=4.0)
+    expected = trained_digest(live, task)
     load_adapter(live, tiny.random_adapter(tiny.MIXED))
-    stopped = train_round(live, EXAMPLES, TASK, should_stop=stop_after(count))
+    stopped = train_round(live, EXAMPLES, task, should_stop=stop_after(count))
     other = attach(tiny.plain_model(tiny_base), tiny.MIXED, scaling=2.0)
     load_adapter(other, tiny.random_adapter(tiny.MIXED))
-    resumed = train_round(other, EXAMPLES, TASK, start=stopped.state)
+    resumed = train_round(other, EXAMPLES, task, start=stopped.state)
 
     assert (stopped.finished, stopped.steps) == (False, count // 2)
     assert (resumed.finished, resumed.steps) == (True, 6)
@@ -279,8 +283,48 @@ def test_the_learning_rate_rises_once_then_never_rises_and_is_never_zero(schedul
     assert min(rates) > 0
 
 
+def test_the_configuration_knows_every_schedule_by_name() -> None:
+    assert set(get_args(Training.model_fields["schedule"].annotation)) == set(SCHEDULES)
+
+
+def test_each_step_offers_its_state_before_it_is_reported(live: LiveModel) -> None:
+    """Whoever has heard of a step may rely on its having been kept."""
+    seen: list[str] = []
+    states: list[RoundState] = []
+
+    def keep(state: Callable[[], RoundState]) -> None:
+        seen.append("kept")
+        states.append(state())
+
+    train_round(live, EXAMPLES, TASK, keep=keep, on_step=lambda _: seen.append("reported"))
+
+    assert seen == ["kept", "reported"] * 6
+    assert [len(state.reports) for state in states] == [state.position for state in states] == [1, 2, 3, 4, 5, 6]
+
+
+def test_moments_of_an_earlier_round_change_the_next_one(live: LiveModel) -> None:
+    """A state without steps: all of the round is done, by an optimiser that remembers."""
+    load_adapter(live, tiny.random_adapter(tiny.MIXED))
+    parameters = {name: p.detach().numpy().copy() for name, p in trainable_parameters(live).items()}
+    earlier = train_round(live, EXAMPLES, TASK).state
+    load_adapter(live, tiny.random_adapter(tiny.MIXED))
+    result = train_round(live, EXAMPLES, TASK, start=RoundState((), parameters, earlier.moments, 0))
+
+    assert result.steps == TASK.steps
+    assert read_all(live).digest() != trained_digest(live)
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"steps": 0}, {"learning_rate": 0.0}, {"micro_batch": 0}, {"schedule": "lineer"}, {"max_grad_norm": -1.0}]
+    "wrong",
+    [
+        {"steps": 0},
+        {"learning_rate": 0.0},
+        {"micro_batch": 0},
+        {"schedule": "lineer"},
+        {"max_grad_norm": -1.0},
+        {"optimizer": "adam"},
+        {"lora_plus_ratio": 0.5},
+    ],
 )
 def test_a_task_that_cannot_be_done_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
