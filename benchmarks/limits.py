@@ -32,7 +32,7 @@ from edge_runtime.wire import broker as embedded
 from profiles.card import ModelCard
 from profiles.find_card import find_card
 from profiles.machine import with_reserve
-from profiles.memory import PRECISIONS, Setting, estimate
+from profiles.memory import PRECISIONS, TRAINED_BYTES, Setting, estimate
 
 MIB = 2**20
 LIMITS = (600, 650, 700, 800, 1000, 1500, 2500, 4000)
@@ -44,7 +44,7 @@ PLAN = re.compile(
     r"plan: rank (?P<rank>\d+) of (?P<held>\d+) held, "
     r"(?:last )?(?P<layers>all|\d+) of \d+ layers(?P<modules> \([^)]*\))?, "
     r"(?P<precision>\w+), (?P<compute>\w+) compute, micro-batch (?P<size>\d+) x (?P<length>\d+) tokens"
-    r"(?P<again>, checkpointing)?, "
+    r"(?P<again>, checkpointing(?: \d+ of \d+ layers)?)?(?P<optimizer>, 8-bit AdamW)?, "
     r"≤ (?P<peak>\d+) MiB"
 )
 SETTINGS = (
@@ -189,8 +189,9 @@ def _larger_that_fits(card: ModelCard, config: Config, outcome: Outcome) -> str:
         better.append(replace(chosen, precision=above[0]))
     bearable = with_reserve(outcome.limit, "").value
     for setting in better:
-        for checkpointing in (True, False):
-            if estimate(card, replace(setting, gradient_checkpointing=checkpointing)).total <= bearable:
+        for optimizer in TRAINED_BYTES:
+            leanest = replace(setting, recomputed_layers=setting.layers_trained - 1, optimizer=optimizer)
+            if estimate(card, leanest).total <= bearable:
                 return f"rank {setting.rank} at {setting.precision}"
     return ""
 

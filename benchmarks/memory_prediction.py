@@ -51,13 +51,15 @@ class Case:
     checkpointing: bool = True
     targets: tuple[str, ...] = ATTENTION
     compute: str = "bf16"
+    recomputed: int | None = None
+    optimizer: str = "adamw"
 
     def setting(self, card: ModelCard) -> Setting:
         """As the planner writes it."""
         return Setting(
             target_modules=self.targets, rank=self.rank, held=self.held, layers_trained=self.layers or card.num_layers,
             precision=self.precision, compute_dtype=self.compute, micro_batch=self.micro_batch, max_length=self.length,
-            gradient_checkpointing=self.checkpointing,
+            gradient_checkpointing=self.checkpointing, recomputed_layers=self.recomputed, optimizer=self.optimizer,
         )  # fmt: skip
 
 
@@ -68,6 +70,8 @@ CASES = (
     Case("llama-0.36b", "nf4", 8, 16, 256, 1, checkpointing=False),
     Case("smollm2", "nf4", 8, 16, 256, 2),
     Case("smollm2", "nf4", 64, 64, 128, 1),
+    Case("smollm2", "nf4", 64, 64, 64, 1, targets=EVERY, optimizer="adamw_8bit"),
+    Case("smollm2", "nf4", 8, 32, 256, 4, recomputed=15),
     Case("smollm2", "nf4", 16, 16, 512, 1, checkpointing=False),
     Case("smollm2", "nf4", 8, 32, 256, 2, checkpointing=False, targets=EVERY),
     Case("smollm2", "nf4", 4, 4, 128, 4, layers=10, checkpointing=False),
@@ -133,9 +137,11 @@ def name_of(case: Case) -> str:
     """The case in a few words."""
     layers = f"last {case.layers} layers" if case.layers else "all layers"
     checkpointing = ", checkpointing" if case.checkpointing else ""
+    recomputed = f" of {case.recomputed} layers" if case.recomputed is not None else ""
+    optimizer = f", {case.optimizer}" if case.optimizer != "adamw" else ""
     return (
         f"{case.base}, {case.precision} ({case.compute}), rank {case.rank} of {case.held}, {layers}, "
-        f"{len(case.targets)} modules, {case.micro_batch} x {case.length} tokens{checkpointing}"
+        f"{len(case.targets)} modules, {case.micro_batch} x {case.length} tokens{checkpointing}{recomputed}{optimizer}"
     )
 
 

@@ -114,6 +114,7 @@ def _train(job: Job) -> tuple[int, list[float]]:
     task = loop.LocalTask(
         steps=job.steps, learning_rate=1e-3, micro_batch=setting.micro_batch,
         gradient_accumulation_steps=job.accumulation, gradient_checkpointing=setting.gradient_checkpointing,
+        recomputed_layers=setting.recomputed_layers, optimizer=setting.optimizer, pack_tokens=setting.tokens,
     )  # fmt: skip
     times = [time.perf_counter()]
     loop.train_round(live, tokens, task, on_step=lambda _: times.append(time.perf_counter()))

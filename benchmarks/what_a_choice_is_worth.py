@@ -44,7 +44,7 @@ class Choice:
 
 EVALUATED = 256
 REFERENCE = Choice()
-CHANGES = (
+CHANGES: tuple[dict[str, Any], ...] = (
     *({"layers": count} for count in (1, 3, 6, 10, 20)),
     *({"rank": rank} for rank in (2, 4, 16, 64)),
     *({"precision": name} for name in ("int8", "bf16")),
@@ -52,7 +52,7 @@ CHANGES = (
     {"targets": EVERY, "trained": EVERY},
     *({"length": length} for length in (32, 64, 256)),
 )
-QUICK = ({"layers": 6}, {"precision": "bf16"})
+QUICK: tuple[dict[str, Any], ...] = ({"layers": 6}, {"precision": "bf16"})
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from edge_runtime.errors import ConfigError
 
@@ -26,6 +26,15 @@ else:
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+def _listed(found: object) -> object:
+    """A text is a list with commas between its names."""
+    return [name for name in map(str.strip, found.split(",")) if name] if isinstance(found, str) else found
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+"""`["a", "b"]`, or "a, b"."""
 
 
 class Section(BaseModel):
@@ -157,7 +166,11 @@ class Device(Section):
     micro_batch: Positive | None = None
     """Examples that pass through the model at once."""
     gradient_checkpointing: bool | None = None
-    """Recompute activations instead of keeping them."""
+    """Recompute activations instead of keeping them: of all trained layers, or of none."""
+    recomputed_layers: Annotated[int, Field(ge=0)] | None = None
+    """Recompute those of so many trained layers, and keep those of the others."""
+    optimizer: Literal["adamw", "adamw_8bit"] | None = None
+    """8-bit moments take a quarter of the memory; without a GPU their update takes some twenty times as long."""
     max_length: Annotated[int, Field(ge=8)] | None = None
     """Tokens of an example, at most; not above the fleet's."""
     threads: Positive | None = None
@@ -171,6 +184,12 @@ class Device(Section):
     """Optimiser steps between two writes of a round's state: what a kill costs at most."""
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
     """Seconds after which the next complete step is written in any case."""
+    report_to: Names = ("none",)
+    """Experiment trackers, as in `edge_runtime.train.trackers`; their files go into `state_dir`/runs."""
+    task_metrics: Names = ()
+    """What the personal adapter's answers are judged by at the end, as in `edge_runtime.train.metrics`."""
+    task_metrics_examples: Positive = 8
+    """Held-out examples that are answered for it, at most."""
 
 
 class Governor(Section):

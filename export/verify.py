@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import PeftModel
 
 from edge_runtime.errors import ExportError
 from edge_runtime.train.base import PreparedBase, load
 from edge_runtime.train.convert import precision_named
 from edge_runtime.train.live import LiveModel
 from export.float32 import in_float32
+from profiles.light_import import light_import
 
 Logits = NDArray[np.float32]
 
@@ -124,8 +124,10 @@ def verify_peft(
     base = load(prepared, compute_dtype="bf16" if narrow else "fp32", device=device).model
     with in_float32(base):
         plain = logits(base, prompts)
+    # Only here: training needs no PEFT, and should not have it in memory.
+    peft = light_import("peft")
     try:
-        fresh = PeftModel.from_pretrained(base, folder)
+        fresh = peft.PeftModel.from_pretrained(base, folder)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ExportError(f"expected PEFT to load '{folder}'; found: {str(error).strip().splitlines()[0]}") from error
     with in_float32(fresh):

@@ -9,7 +9,7 @@ from typing import Any
 from profiles.device import MIB, DeviceProfile
 from profiles.known_bases import known_cards
 from profiles.memory import Setting, estimate
-from profiles.search import Cost, Problem, cost, fits, leanest, smallest, ways
+from profiles.search import Cost, Problem, cost, fits, leanest, recomputable, recomputing, smallest, ways
 from profiles.terms import Overrides
 from profiles.worth import worth
 
@@ -21,6 +21,9 @@ _AT_BEST: Mapping[str, str] = {
     "precision": "nothing is lost by quantising",
     "max_length": "as the fleet asks for",
 }
+
+OPTIMIZERS: Mapping[str, str] = {"adamw": "AdamW", "adamw_8bit": "8-bit AdamW"}
+"""What people call them."""
 
 _SHORT: Mapping[str, str] = {"layers_trained": "layers", "trained_modules": "modules", "max_length": "length"}
 
@@ -48,6 +51,8 @@ def reasons(problem: Problem, setting: Setting, overrides: Overrides) -> dict[st
         "micro_batch": _why_this_way(problem, setting, "micro_batch"),
         "gradient_accumulation_steps": f"makes a batch of {task.batch_size} sequences",
         "gradient_checkpointing": _why_this_way(problem, setting, "gradient_checkpointing"),
+        "recomputed_layers": _why_this_way(problem, setting, "recomputed_layers"),
+        "optimizer": _why_this_way(problem, setting, "optimizer"),
         "threads": "one per usable core; hardware threads add nothing here",
         "predicted_peak_bytes": (
             f"of {problem.limits.memory / MIB:.0f} MiB ({problem.limits.source}): "
@@ -113,13 +118,9 @@ def _lack(problem: Problem, setting: Setting) -> str:
 def _why_this_way(problem: Problem, setting: Setting, field: str) -> str:
     """Why it is trained in this way and not in the other ways that learn the same."""
     chosen = cost(problem, setting)
-    others = [
-        (way, cost(problem, way))
-        for way in ways(problem, setting)
-        if getattr(way, field) != getattr(setting, field) and _else_equal(way, setting, field)
-    ]
     parts = []
-    for way, taken in others:
+    for way in _OTHER_WAYS[field](problem, setting):
+        taken = cost(problem, way)
         name = _named(field, getattr(way, field))
         if not fits(problem, taken):
             parts.append(f"{name} {_lack_of(problem, taken)}")
@@ -128,12 +129,47 @@ def _why_this_way(problem: Problem, setting: Setting, field: str) -> str:
         elif taken.seconds > chosen.seconds:
             parts.append(f"{name} would be {taken.seconds / chosen.seconds - 1:.0%} slower")
         else:
-            parts.append(f"{name} gains {1 - taken.seconds / chosen.seconds:.0%} and takes more memory")
+            parts.append(f"{name} would gain {1 - taken.seconds / chosen.seconds:.0%}{_for_it(chosen, taken)}")
     return "; ".join(parts) or "the only way on offer"
 
 
-def _else_equal(way: Setting, setting: Setting, field: str) -> bool:
-    return replace(way, **{field: getattr(setting, field)}) == setting
+def _for_it(chosen: Cost, taken: Cost) -> str:
+    return " and take more memory" if taken.memory > chosen.memory else ""
+
+
+def _other_micro_batches(problem: Problem, setting: Setting) -> Iterator[Setting]:
+    """Each with as few layers recomputed as fit."""
+    same = (way for way in ways(problem, setting) if way.optimizer == setting.optimizer)
+    return (way for way in same if way.micro_batch != setting.micro_batch)
+
+
+def _other_checkpointing(problem: Problem, setting: Setting) -> Iterator[Setting]:
+    """None instead of some, or all instead of none."""
+    if problem.options.checkpointing is None and problem.options.recomputed is None:
+        yield recomputing(setting, 0 if setting.recomputed else setting.layers_trained)
+
+
+def _other_recomputed(problem: Problem, setting: Setting) -> Iterator[Setting]:
+    """One layer less."""
+    if setting.recomputed - 1 in recomputable(problem, setting):
+        yield recomputing(setting, setting.recomputed - 1)
+
+
+def _other_optimizers(problem: Problem, setting: Setting) -> Iterator[Setting]:
+    """Each at the micro-batch chosen, or at its leanest where that does not fit."""
+    for optimizer in problem.options.optimizers:
+        if optimizer != setting.optimizer:
+            possible = [(way, cost(problem, way)) for way in ways(problem, setting) if way.optimizer == optimizer]
+            same = [way for way, taken in possible if way.micro_batch == setting.micro_batch and fits(problem, taken)]
+            yield same[0] if same else min(possible, key=lambda pair: pair[1].memory)[0]
+
+
+_OTHER_WAYS: Mapping[str, Callable[[Problem, Setting], Iterator[Setting]]] = {
+    "micro_batch": _other_micro_batches,
+    "gradient_checkpointing": _other_checkpointing,
+    "recomputed_layers": _other_recomputed,
+    "optimizer": _other_optimizers,
+}
 
 
 def _lack_of(problem: Problem, taken: Cost) -> str:
@@ -178,6 +214,10 @@ def _named(field: str, value: Any) -> str:
     """A choice in words, such as "rank 16" or "checkpointing"."""
     if field == "gradient_checkpointing":
         return "checkpointing" if value else "no checkpointing"
+    if field == "recomputed_layers":
+        return f"recomputing {value} layers" if value != 1 else "recomputing 1 layer"
+    if field == "optimizer":
+        return OPTIMIZERS[value]
     if field == "trained_modules":
         return "training " + ", ".join(value)
     if field == "layers_trained":
@@ -193,7 +233,7 @@ def _step_up(
     def following(problem: Problem, setting: Setting) -> Iterator[Setting]:
         better = []
         for value in offered(problem):
-            changed = {field: value}
+            changed = {field: value, "recomputed_layers": None}
             if field == "rank":
                 changed["held"] = max(setting.held, value) if problem.task.hold_more else value
             if field == "held" and (value < setting.rank or not problem.task.hold_more):

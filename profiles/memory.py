@@ -2,12 +2,13 @@
 
 `PARTS` explains each. The peak is what the kernel calls the resident set at its largest, pages of files included.
 
-Source of the activations per token and layer: read in transformers' Llama and peft's Linear4bit, and equal to what
-`torch.autograd.graph.saved_tensors_hooks` counted on SmolLM2-135M (28,084 bytes at 128 tokens in bf16 with q, k, v, o
-as targets: this formula gives 28,076). NF4 with double quantisation: 0.5 B per weight, one 8-bit scale per 64 and one
-float32 per 16,384 weights (Dettmers et al., QLoRA, arXiv 2305.14314, section 3). The constants were fitted on fresh
-processes on x86-64 Linux (torch 2.13 for CPUs, transformers 4.57, peft 0.21, bitsandbytes 0.50) with the heap kept in
-order by `edge_runtime.train.heap`; benchmarks/memory_prediction.py says how far the sums are from the truth. The base
+Source of the activations per token and layer: read in `edge_runtime.train.lean`, and equal to what
+`torch.autograd.graph.saved_tensors_hooks` counted on SmolLM2-135M (12,680 bytes in bf16 with q, k, v, o as targets,
+16,904 with all seven, without the angles that all layers share). NF4 with double quantisation: 0.5 B per weight, one
+8-bit scale per 64 and one float32 per 16,384 weights (Dettmers et al., QLoRA, arXiv 2305.14314, section 3). The
+constants were fitted on fresh processes on x86-64 Linux (torch 2.13 for CPUs, transformers 4.57, bitsandbytes 0.50)
+with the heap kept in order by `edge_runtime.train.heap`;
+benchmarks/memory_prediction.py says how far the sums are from the truth. The base
 is taken to be on disk at its precision. Predictions for GPUs follow the same formulas and are not measured.
 """
 
@@ -26,19 +27,29 @@ PRECISIONS: Mapping[str, float] = {"nf4": 0.5 + 1 / 64 + 4 / 16384, "int8": 1.0,
 # Bytes per number of activations and embeddings.
 COMPUTE_DTYPES: Mapping[str, int] = {"bf16": 2, "fp32": 4}
 
-TRAINED_BYTES = 16
-# What torch's AdamW holds of each trained number while it updates all of them at once.
-OPTIMIZER_BYTES = 8
+# Bytes per trained number, by optimiser: parameter and gradient in float32, and two moments, each of 4 bytes, or of one
+# byte and a float32 scale for 256 of them (arXiv 2110.02861). What an 8-bit update opens is one tensor, for a moment.
+TRAINED_BYTES: Mapping[str, float] = {"adamw": 4 + 4 + 8, "adamw_8bit": 4 + 4 + 2 * (1 + 4 / 256)}
+# Tensors of fewer numbers keep their moments in float32 with either; the default of bitsandbytes.
+LEAST_8BIT = 4096
 FP32_BYTES = 4
+
+# Modules that read the same input.
+READERS = (
+    frozenset({"q_proj", "k_proj", "v_proj"}),
+    frozenset({"o_proj"}),
+    frozenset({"gate_proj", "up_proj"}),
+    frozenset({"down_proj"}),
+)
 
 # The loss is computed over as many tokens at a time as fit their float32 logits in here.
 LOGITS_BYTES = 8 * MIB
 # ... but no fewer tokens than this, because each chunk reads the whole head.
 CHUNK_LEAST = 32
 
-RUNTIME_BYTES = 408 * MIB
+RUNTIME_BYTES = 399 * MIB
 CLIENT_BYTES = 18 * MIB
-TOKENIZER_BYTES_PER_ENTRY = 700
+TOKENIZER_BYTES_PER_ENTRY = 150
 # A CUDA context with its libraries, on the card; what is published lies between 0.3 and 0.6 GB.
 CUDA_CONTEXT_BYTES = 600 * MIB
 
@@ -50,24 +61,23 @@ FLOORS: Mapping[str, int] = {
 }
 
 # What the backward pass through one layer needs for a moment, as a share of what the layer keeps.
-GRADIENTS_SHARE = 1.0
+GRADIENTS_SHARE = 1.6
 # Pages of glibc's heap that are held without use, as a share of what comes and goes between two releases of it.
-HEAP_SHARE = 1.0
+HEAP_SHARE = 0.8
 # CUDA's caching allocator rounds and keeps blocks: a tenth of what comes and goes.
 GPU_SHARE = 0.1
 
 PARTS: Mapping[str, str] = {
-    "runtime": "interpreter, torch, transformers, peft and bitsandbytes after their first step; on a GPU its context",
+    "runtime": "interpreter, torch, transformers and bitsandbytes after their first step; on a GPU its context",
     "client": "this project's own libraries, and the tokenizer by its vocabulary",
     "base_weights": "linear weights at the plan's precision, with their scales",
     "embeddings": "embedding, head and norms in the compute type",
     "dequantised": "the largest quantised weight, opened for one product",
     "held_adapter": "directions that are held and not trained, float32, and what was received of the trained ones",
-    "trained_adapter": "parameter, gradient and two Adam moments of each trained direction: 16 bytes each",
-    "activations": "kept for the backward pass: all of every trained layer; with checkpointing the input of each",
-    "backward": "one layer in its backward pass: its gradients, and with checkpointing all that it recomputes",
-    "logits": "one chunk of the head's output in both types",
-    "optimizer": "temporaries of the optimiser's step, beyond what the backward pass has given back by then",
+    "trained_adapter": "parameter, gradient and two moments of each trained number: 16 bytes, or 10 with 8-bit moments",
+    "activations": "kept for the backward pass: of each trained layer its input if it is recomputed, or else all",
+    "backward": "one layer in its backward pass: its gradients, and what it recomputes beyond what was given back",
+    "logits": "one chunk of the head's output in both types, and the sum of its exponentials",
     "slack": "pages that the allocator holds without using them",
 }
 
@@ -85,8 +95,11 @@ class Setting:
         compute_dtype: type of activations and products: bf16 or fp32.
         micro_batch: sequences per forward pass.
         max_length: tokens per sequence.
-        gradient_checkpointing: recompute each trained layer in the backward pass.
+        gradient_checkpointing: recompute trained layers in the backward pass.
         trained_modules: those of the target modules that are trained; the others are held only. None for all.
+        recomputed_layers: with checkpointing, the first so many of the trained layers are recomputed, and the last ones
+            keep their activations; None for all of them. Without checkpointing it says nothing.
+        optimizer: a name in TRAINED_BYTES.
     """
 
     target_modules: tuple[str, ...]
@@ -99,12 +112,21 @@ class Setting:
     max_length: int = 256
     gradient_checkpointing: bool = True
     trained_modules: tuple[str, ...] | None = None
+    recomputed_layers: int | None = None
+    optimizer: str = "adamw"
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ConfigError(unknown_name("precision", self.precision, PRECISIONS))
         if self.compute_dtype not in COMPUTE_DTYPES:
             raise ConfigError(unknown_name("compute dtype", self.compute_dtype, COMPUTE_DTYPES))
+        if self.optimizer not in TRAINED_BYTES:
+            raise ConfigError(unknown_name("optimizer", self.optimizer, TRAINED_BYTES))
+        if self.recomputed_layers is not None and not 0 <= self.recomputed_layers <= self.layers_trained:
+            raise ConfigError(
+                f"expected between 0 and all {self.layers_trained} trained layers to be recomputed; "
+                f"found {self.recomputed_layers}"
+            )
         if not 0 < self.rank <= self.held:
             raise ConfigError(f"expected 0 < rank <= held; found rank {self.rank}, held {self.held}")
         counts = (self.layers_trained, self.micro_batch, self.max_length)
@@ -119,6 +141,13 @@ class Setting:
     def trained(self) -> tuple[str, ...]:
         """The modules that are trained."""
         return self.target_modules if self.trained_modules is None else self.trained_modules
+
+    @property
+    def recomputed(self) -> int:
+        """Trained layers that run once more in the backward pass."""
+        if not self.gradient_checkpointing:
+            return 0
+        return self.layers_trained if self.recomputed_layers is None else self.recomputed_layers
 
     @property
     def tokens(self) -> int:
@@ -140,7 +169,6 @@ class MemoryEstimate:
     activations: int
     backward: int
     logits: int
-    optimizer: int
     slack: int
 
     @property
@@ -175,51 +203,60 @@ def estimate(card: ModelCard, setting: Setting, pool: str = "host") -> MemoryEst
         raise ConfigError(unknown_name("memory pool", pool, FLOORS))
     if setting.layers_trained > card.num_layers:
         raise ConfigError(f"{card.name} has {card.num_layers} layers; found {setting.layers_trained} to be trained")
-    trained = setting.rank * setting.layers_trained * card.rank_parameters(setting.trained)
     held = setting.held * card.num_layers * card.rank_parameters(setting.target_modules)
     layer = setting.tokens * saved_bytes_per_token(card, setting)
     entry = setting.tokens * card.hidden_size * COMPUTE_DTYPES[setting.compute_dtype]
-    again = layer if setting.gradient_checkpointing else 0
-    kept = (entry if setting.gradient_checkpointing else layer) * setting.layers_trained
-    backward = again + int(GRADIENTS_SHARE * layer)
-    share = HEAP_SHARE if pool == "host" else GPU_SHARE
-    dequantised, logits, slack = _dequantised(card, setting), _logits(card, setting), int(share * again)
+    again = layer if setting.recomputed else 0
+    heap = int((HEAP_SHARE if pool == "host" else GPU_SHARE) * again)
+    # The layers that keep all are the last, so the backward pass has let go of it when the first one is recomputed:
+    # either they are at their largest, or what is recomputed is, and one layer that keeps all costs nothing.
+    whole = (setting.layers_trained - setting.recomputed) * layer
+    beyond = max(0, again - whole)
     return MemoryEstimate(
         runtime=FLOORS[pool],
         client=0 if pool == "gpu" else CLIENT_BYTES + TOKENIZER_BYTES_PER_ENTRY * card.vocab_size,
         base_weights=_base_weights(card, setting),
         embeddings=_embeddings(card, setting, pool),
-        dequantised=dequantised,
+        dequantised=_dequantised(card, setting),
         held_adapter=held * FP32_BYTES,
-        trained_adapter=trained * TRAINED_BYTES,
-        activations=kept,
-        backward=backward,
-        logits=logits,
-        optimizer=max(0, trained * OPTIMIZER_BYTES - (kept + backward + dequantised + logits + slack)),
-        slack=slack,
+        trained_adapter=_trained_adapter(card, setting),
+        activations=setting.recomputed * entry + whole,
+        backward=int(GRADIENTS_SHARE * layer) + beyond,
+        logits=_logits(card, setting),
+        slack=max(0, again + heap - whole) - beyond,
     )
 
 
 def saved_bytes_per_token(card: ModelCard, setting: Setting) -> int:
-    """What one trained layer keeps of one token for its backward pass, in bytes."""
-    width = COMPUTE_DTYPES[setting.compute_dtype]
+    """What one trained layer keeps of one token for its backward pass, in bytes.
+
+    The input of a product is kept where directions that read it are trained, once for all that read it; a frozen
+    product keeps nothing.
+    """
     targets = set(setting.trained)
-    norms = 2 * (card.hidden_size * FP32_BYTES + FP32_BYTES)
-    # q, k and v as attention sees them (k and v repeated for every head), and its output; log-sum-exp per head; mask.
-    attention = 4 * card.num_heads * card.head_dim * width + card.num_heads * FP32_BYTES + setting.max_length * width
-    mlp = 3 * card.intermediate_size * width
-    if setting.compute_dtype == "fp32":
-        # Adapters need no cast: those that read the same input share it.
-        readers = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"o_proj"}, {"down_proj"})
-        inputs = sum(card.shape(next(iter(group)))[1] for group in readers if group & targets)
-    else:
-        inputs = sum(card.shape(module)[1] for module in sorted(targets))  # peft casts each module's input on its own
-    return norms + attention + mlp + FP32_BYTES * (inputs + setting.rank * len(targets))
+    read = sum(card.shape(next(iter(group)))[1] for group in READERS if group & targets)
+    attention = (card.num_heads + 2 * card.num_kv_heads) * card.head_dim
+    numbers = 2 * card.hidden_size + attention + 2 * card.intermediate_size + read
+    return COMPUTE_DTYPES[setting.compute_dtype] * numbers + 2 * FP32_BYTES
+
+
+def trained_numbers(card: ModelCard, setting: Setting) -> int:
+    """Numbers that the optimiser updates."""
+    return setting.rank * setting.layers_trained * card.rank_parameters(setting.trained)
 
 
 def chunk_tokens(card: ModelCard, setting: Setting) -> int:
     """Tokens whose logits exist at once."""
     return min(max(CHUNK_LEAST, LOGITS_BYTES // (FP32_BYTES * card.vocab_size)), setting.tokens)
+
+
+def _trained_adapter(card: ModelCard, setting: Setting) -> int:
+    plain = trained_numbers(card, setting) * TRAINED_BYTES["adamw"]
+    saved = TRAINED_BYTES["adamw"] - TRAINED_BYTES[setting.optimizer]
+    if not saved:
+        return int(plain)
+    factors = [setting.rank * side for module in setting.trained for side in card.shape(module)]
+    return int(plain - saved * setting.layers_trained * sum(size for size in factors if size >= LEAST_8BIT))
 
 
 def _base_weights(card: ModelCard, setting: Setting) -> int:
@@ -242,7 +279,7 @@ def _dequantised(card: ModelCard, setting: Setting) -> int:
 
 
 def _logits(card: ModelCard, setting: Setting) -> int:
-    """A chunk's logits in float32, and in the compute type where that is another one."""
+    """A chunk's logits in float32, twice while they are summed, and in the compute type where that is another one."""
     chunk = chunk_tokens(card, setting)
     other = COMPUTE_DTYPES[setting.compute_dtype]
-    return chunk * card.vocab_size * (FP32_BYTES + (other if other != FP32_BYTES else 0))
+    return chunk * card.vocab_size * (2 * FP32_BYTES + (other if other != FP32_BYTES else 0))

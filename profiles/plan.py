@@ -44,7 +44,9 @@ class Plan:
         micro_batch: sequences per forward pass.
         gradient_accumulation_steps: forward passes per optimiser step.
         max_length: tokens per sequence.
-        gradient_checkpointing: recompute each trained layer in the backward pass.
+        gradient_checkpointing: recompute trained layers in the backward pass.
+        recomputed_layers: so many of them, the first ones; the others keep their activations.
+        optimizer: adamw or adamw_8bit.
         threads: of torch.
         predicted_peak_bytes: of the training process.
         predicted_step_seconds: of one optimiser step; None where the device's rates were not measured.
@@ -63,6 +65,8 @@ class Plan:
     gradient_accumulation_steps: int
     max_length: int
     gradient_checkpointing: bool
+    recomputed_layers: int
+    optimizer: str
     threads: int
     predicted_peak_bytes: int
     predicted_step_seconds: float | None
@@ -159,6 +163,8 @@ def plan(
         gradient_accumulation_steps=accumulation,
         max_length=setting.max_length,
         gradient_checkpointing=setting.gradient_checkpointing,
+        recomputed_layers=setting.recomputed,
+        optimizer=setting.optimizer,
         threads=insisted.threads or cores,
         predicted_peak_bytes=taken.memory,
         predicted_step_seconds=(

@@ -19,6 +19,7 @@ from typing import Any
 from profiles import boards, kernels, machine, measure, sensors
 from profiles import gpus as cards
 from profiles.device import MIB, NEUTRAL, UNITS, DeviceProfile
+from profiles.light_import import light_import
 from profiles.machine import FAILURES, Machine, Reading, sentence, with_reserve
 from profiles.measure import SMOLLM2_SHAPES, Shape
 from profiles.records import typed
@@ -187,7 +188,7 @@ def assembled(
 
 def report_trials(where: str, shape: Shape, dtype: str) -> None:
     """Prints the outcome of each trial of quantised layers as soon as it is known; run in a process of its own."""
-    for outcome in kernels.trials(importlib.import_module, where, shape, dtype):
+    for outcome in kernels.trials(light_import, where, shape, dtype):
         print(kernels.written(outcome), flush=True)  # noqa: T201  the parent process reads it
 
 
@@ -250,7 +251,7 @@ def _kernels(where: str, shapes: Sequence[Shape], facts: Mapping[str, Reading | 
     if where == "cuda":
         outcomes = kernels.trials_in_child(where, largest, dtype)
     else:
-        outcomes = kernels.trials(importlib.import_module, where, largest, dtype)
+        outcomes = kernels.trials(light_import, where, largest, dtype)
     return kernels.verdicts(outcomes, where, dtype, installed=_installed("bitsandbytes"))
 
 

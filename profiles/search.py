@@ -2,20 +2,23 @@
 
 What is learnt comes first (`worth`): the largest sum that fits, over precision, ranks, modules and length, with as many
 layers as fit each of these. Speed comes second: of the ways to train that setting, which differ in micro-batch and
-checkpointing, the leanest of those that are within a twentieth of the fastest. A larger budget admits every setting
-that a smaller one admits, so it never gives a plan that is worth less. The same arguments give the same setting.
+each recompute as few layers as fit, the leanest of those that are within a twentieth of the fastest. 8-bit AdamW is
+slow without a kernel of its own, so it is taken only where nothing else lets a setting fit. A larger budget admits
+every setting that a smaller one admits, so it never gives a plan that is worth less. The same arguments give the same
+setting.
 """
 
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from edge_runtime.errors import ConfigError, PlanError, unknown_name
 from profiles.card import ModelCard
 from profiles.device import DeviceProfile
-from profiles.memory import Setting, estimate
+from profiles.memory import TRAINED_BYTES, Setting, estimate
 from profiles.speed import measured, seconds_per_step
 from profiles.terms import Budgets, Overrides, Task
 from profiles.worth import worth
@@ -41,7 +44,11 @@ class Options:
     modules: tuple[tuple[str, ...], ...]
     lengths: tuple[int, ...]
     micro_batches: tuple[int, ...]
-    checkpointing: tuple[bool, ...]
+    optimizers: tuple[str, ...]
+    checkpointing: bool | None
+    """Whether all trained layers are recomputed, or none; None where it is open how many."""
+    recomputed: int | None
+    """The number that somebody insists on."""
 
 
 @dataclass(frozen=True)
@@ -90,19 +97,23 @@ def options(profile: DeviceProfile, card: ModelCard, task: Task, overrides: Over
         lengths.append(lengths[-1] // 2)
     few = tuple(name for name in task.target_modules if name in FEW_MODULES)
     modules = [task.target_modules, *([few] if few and few != task.target_modules else [])]
+    recomputed = overrides.recomputed_layers
+    layers = _one("layers_trained", overrides.layers_trained, range(1, card.num_layers + 1), 1, card.num_layers)
+    if recomputed is not None:
+        _one("recomputed_layers", recomputed, (), 0, max(layers))
     batches = [size for size in range(task.batch_size, 0, -1) if task.batch_size % size == 0]
     return Options(
         precisions=_precisions(profile, compute, overrides.precision),
         compute_dtype=compute,
         ranks=_one("rank", overrides.rank, ranks, 1, task.max_rank),
         held=_one("held", overrides.held, held, 1, task.max_held),
-        layers=_one("layers_trained", overrides.layers_trained, range(1, card.num_layers + 1), 1, card.num_layers),
+        layers=tuple(count for count in layers if count >= (recomputed or 0)),
         modules=_modules(overrides.trained_modules, modules, task),
         lengths=_one("max_length", overrides.max_length, lengths, 1, task.max_length),
         micro_batches=_one("micro_batch", overrides.micro_batch, batches, 1, task.batch_size),
-        checkpointing=(
-            (True, False) if overrides.gradient_checkpointing is None else (overrides.gradient_checkpointing,)
-        ),
+        optimizers=_optimizers(profile, overrides.optimizer),
+        checkpointing=overrides.gradient_checkpointing,
+        recomputed=recomputed,
     )
 
 
@@ -139,12 +150,16 @@ def best(problem: Problem) -> Setting | None:
 
 
 def fastest(problem: Problem, setting: Setting) -> Setting:
-    """The way to train a setting that fits and is fastest; the leanest of those that are nearly so."""
-    fitting = [(way, cost(problem, way)) for way in ways(problem, setting)]
-    fitting = [(way, taken) for way, taken in fitting if fits(problem, taken)]
+    """The way to train a setting that fits and is fastest; the leanest of those that are nearly so.
+
+    An optimiser is considered only where none before it fits.
+    """
+    costs = [(way, cost(problem, way)) for way in ways(problem, setting)]
+    fitting = [(way, taken) for way, taken in costs if fits(problem, taken)]
+    fitting = [(way, taken) for way, taken in fitting if way.optimizer == fitting[0][0].optimizer]
     if all(taken.seconds is None for _, taken in fitting):
         # Nothing was measured: recomputing is the slowest of all, and large passes are seldom slower.
-        return min(fitting, key=lambda pair: (pair[0].gradient_checkpointing, -pair[0].micro_batch))[0]
+        return min(fitting, key=lambda pair: (pair[0].recomputed, -pair[0].micro_batch))[0]
     quickest = min(taken.seconds or 0.0 for _, taken in fitting)
     near = [(way, taken) for way, taken in fitting if (taken.seconds or 0.0) <= EQUALLY_FAST * quickest]
     return min(near, key=lambda pair: (pair[1].memory, pair[1].seconds))[0]
@@ -152,7 +167,7 @@ def fastest(problem: Problem, setting: Setting) -> Setting:
 
 def leanest(problem: Problem, setting: Setting) -> tuple[Setting, Cost]:
     """The way to train a setting that takes least memory, and what it takes."""
-    return min(((way, cost(problem, way)) for way in ways(problem, setting)), key=lambda pair: pair[1].memory)
+    return min(((way, cost(problem, way)) for way in _lean_ways(problem, setting)), key=lambda pair: pair[1].memory)
 
 
 def smallest(problem: Problem) -> Setting:
@@ -170,10 +185,29 @@ def smallest(problem: Problem) -> Setting:
 
 
 def ways(problem: Problem, setting: Setting) -> Iterator[Setting]:
-    """The ways to train a setting: what is learnt is the same."""
-    choices = problem.options
-    for checkpointing, size in itertools.product(choices.checkpointing, choices.micro_batches):
-        yield replace(setting, gradient_checkpointing=checkpointing, micro_batch=size)
+    """The ways to train a setting, one for each optimiser and micro-batch: what is learnt is the same.
+
+    Each recomputes as few layers as fit into memory, which is its fastest; where none fits, it is its leanest.
+    """
+    return (_fewest_recomputed(problem, way) for way in _passes(problem, setting))
+
+
+def recomputable(problem: Problem, setting: Setting) -> Sequence[int]:
+    """How many layers may be recomputed: ascending, each leaner and slower than the one before.
+
+    Keeping all of the last layer costs nothing (see `profiles.memory.estimate`), so nobody recomputes it unasked.
+    """
+    choices, layers = problem.options, setting.layers_trained
+    if choices.recomputed is not None:
+        return (min(choices.recomputed, layers),)
+    if choices.checkpointing is not None:
+        return (layers if choices.checkpointing else 0,)
+    return range(layers)
+
+
+def recomputing(setting: Setting, count: int) -> Setting:
+    """The setting with so many layers recomputed."""
+    return replace(setting, gradient_checkpointing=count > 0, recomputed_layers=count)
 
 
 def cost(problem: Problem, setting: Setting) -> Cost:
@@ -198,24 +232,49 @@ def fits(problem: Problem, taken: Cost) -> bool:
     within = problem.limits
     return (
         taken.memory <= within.memory
-        and (within.seconds is None or taken.seconds is None or taken.seconds <= within.seconds)
+        and _in_time(problem, taken)
         and (within.moved is None or taken.moved <= within.moved)
     )
 
 
 def _fits_somehow(problem: Problem, setting: Setting) -> bool:
-    choices, within = problem.options, problem.limits
+    within = problem.limits
     if within.moved is not None and round_bytes(problem.card, problem.task, setting) > within.moved:
         return False
-    if within.seconds is not None:
-        return any(fits(problem, cost(problem, way)) for way in ways(problem, setting))
-    lean = replace(setting, micro_batch=min(choices.micro_batches))
-    return any(
-        estimate(
-            problem.card, replace(lean, gradient_checkpointing=checkpointing), problem.profile.pool
-        ).total <= within.memory
-        for checkpointing in choices.checkpointing
-    )  # fmt: skip
+    if not any(_in_memory(problem, way) for way in _lean_ways(problem, setting)):
+        return False
+    if within.seconds is None:
+        return True
+    fewest = recomputable(problem, setting)[0]
+    quick = (way for way in _passes(problem, setting) if _in_time(problem, cost(problem, recomputing(way, fewest))))
+    return any(fits(problem, cost(problem, _fewest_recomputed(problem, way))) for way in quick)
+
+
+def _passes(problem: Problem, setting: Setting) -> Iterator[Setting]:
+    for optimizer, size in itertools.product(problem.options.optimizers, problem.options.micro_batches):
+        yield replace(setting, optimizer=optimizer, micro_batch=size)
+
+
+def _fewest_recomputed(problem: Problem, way: Setting) -> Setting:
+    counts = recomputable(problem, way)
+    least = bisect_left(counts, True, key=lambda count: _in_memory(problem, recomputing(way, count)))
+    return recomputing(way, counts[min(least, len(counts) - 1)])
+
+
+def _lean_ways(problem: Problem, setting: Setting) -> Iterator[Setting]:
+    """Of each optimiser's ways the one that takes least memory."""
+    for optimizer in problem.options.optimizers:
+        way = replace(setting, optimizer=optimizer, micro_batch=min(problem.options.micro_batches))
+        yield recomputing(way, recomputable(problem, setting)[-1])
+
+
+def _in_time(problem: Problem, taken: Cost) -> bool:
+    allowed = problem.limits.seconds
+    return allowed is None or taken.seconds is None or taken.seconds <= allowed
+
+
+def _in_memory(problem: Problem, setting: Setting) -> bool:
+    return estimate(problem.card, setting, problem.profile.pool).total <= problem.limits.memory
 
 
 def _most_layers(problem: Problem, setting: Setting) -> int | None:
@@ -277,6 +336,16 @@ def _precisions(profile: DeviceProfile, compute: str, wanted: str | None) -> tup
         cause = profile.reasons.get(field) or profile.unreadable[field]
         raise ConfigError(f"{profile.name} cannot train over {wanted} weights: {cause}")
     return (wanted,)
+
+
+def _optimizers(profile: DeviceProfile, wanted: str | None) -> tuple[str, ...]:
+    """Best first; 8-bit moments need the library that 4-bit weights need."""
+    if wanted == "adamw_8bit" and not profile.four_bit:
+        cause = profile.reasons.get("four_bit") or profile.unreadable["four_bit"]
+        raise ConfigError(f"{profile.name} cannot train with 8-bit AdamW, nor over nf4 weights: {cause}")
+    if wanted is not None:
+        return (wanted,)
+    return tuple(name for name in TRAINED_BYTES if name == "adamw" or profile.four_bit)
 
 
 def _one(name: str, wanted: int | None, offered: Sequence[int], least: int, most: int) -> tuple[int, ...]:

@@ -1,12 +1,12 @@
 """Predicted seconds per optimiser step, from what the probe measured on this very device.
 
-    step = accumulation · (products + opened + traffic + calls)
+    step = accumulation · (products + attention + adapters + opened + traffic + calls) + optimizer
 
 `PARTS` explains each. Products are counted as two operations per weight and token in the forward pass of every layer,
 as many for the gradient of the inputs of every trained layer (frozen weights have none of their own), once more for
-each that is recomputed; the adapters' own; the head, forward and backward; attention's, quadratic in the length.
+each layer that is recomputed; the adapters' own; the head, forward and backward; attention's, quadratic in the length.
 
-Source: the counts are arithmetic and were read in transformers' Llama and in peft; the factors below were fitted on
+Source: the counts are arithmetic and were read in `edge_runtime.train.lean`; the factors below were fitted on
 runs of benchmarks/speed_prediction.py on two cores of x86-64. Examples are taken to have full length: shorter ones
 take less.
 """
@@ -18,32 +18,44 @@ from collections.abc import Mapping
 from edge_runtime.errors import ConfigError
 from profiles.card import ModelCard
 from profiles.device import DeviceProfile
-from profiles.memory import COMPUTE_DTYPES, FP32_BYTES, Setting, chunk_tokens, saved_bytes_per_token
+from profiles.memory import (
+    COMPUTE_DTYPES,
+    FP32_BYTES,
+    Setting,
+    chunk_tokens,
+    saved_bytes_per_token,
+    trained_numbers,
+)
 
-# Times that a product takes what it would at the measured rate: those of attention and of adapters are thin.
-PRODUCTS_TIMES = 1.1
-ATTENTION_TIMES = 2.5
-ADAPTER_TIMES = 4.0
+# Times that a product takes what it would at the measured rate, whose weights stay in a cache.
+PRODUCTS_TIMES = 1.35
+ATTENTION_TIMES = 1.0
+ADAPTER_TIMES = 1.2
 # A backward pass of attention, in forward passes.
 ATTENTION_BACKWARD = 2.5
 # Times that opening a weight takes what it does in a cache.
-OPENED_TIMES = 3.0
+OPENED_TIMES = 3.8
 # Times that what a layer keeps for its backward pass goes through memory, in one pass over the layer: norms,
 # activations and residuals; and the same of what enters and leaves an adapter in float32, with casts, scaling and sums.
-TRAFFIC_TIMES = 7.5
-ADAPTER_TRAFFIC_TIMES = 27.0
+TRAFFIC_TIMES = 1.4
+ADAPTER_TRAFFIC_TIMES = 3.5
 # The head, which no cache holds.
-HEAD_TRAFFIC_TIMES = 2.25
-# Small bare calls that one pass over a layer is worth: some 340 operations, each fourteen times as dear as a bare one,
-# for Python, modules and autograd around it.
-CALLS_PER_LAYER = 4850
+HEAD_TRAFFIC_TIMES = 1.0
+# Small bare calls that one pass over a layer is worth: its operations, the Python, modules and autograd around them,
+# and the heap that is released.
+CALLS_PER_LAYER = 4350
+# What an update moves through memory for each trained number, in bytes at the measured bandwidth. For 4.9 million of
+# them (rank 16, all seven modules of SmolLM2-135M) it took 0.0061 s with torch's fused AdamW, and 0.1375 s with the
+# 8-bit one of bitsandbytes 0.50, which for processors is written in torch: the best of four, one thread, 41.6 GB/s.
+UPDATE_BYTES: Mapping[str, float] = {"adamw": 52.0, "adamw_8bit": 1170.0}
 
 PARTS: Mapping[str, str] = {
     "products": "matrix products of layers and head, at the measured rate of the model's own shapes",
     "attention": "products of attention, quadratic in the length",
-    "adapters": "products of what is held and trained, in float32",
+    "adapters": "products of what is held and trained",
     "opened": "quantised weights opened at the measured rate, once in each pass over a layer",
     "traffic": "what norms, activations, casts and attention read and write, at the measured bandwidth",
+    "optimizer": "the update of what is trained, once a step: 8-bit moments take some twenty times as long",
     "calls": "operations started, at the measured cost of one: most of the time of small models on slow processors",
 }
 
@@ -76,13 +88,20 @@ def seconds_per_step(profile: DeviceProfile, card: ModelCard, setting: Setting, 
     missing = _missing(profile, setting)
     if missing:
         raise ConfigError(f"{profile.name} has no measured {', '.join(missing)}; probe it with measurements")
-    return accumulation * sum(parts(profile, card, setting).values())
+    return sum(parts(profile, card, setting, accumulation).values())
 
 
-def parts(profile: DeviceProfile, card: ModelCard, setting: Setting) -> dict[str, float]:
-    """Part (a key of `PARTS`) → seconds of one forward and backward pass."""
-    again = setting.layers_trained if setting.gradient_checkpointing else 0
-    passes = card.num_layers + again + setting.layers_trained
+def parts(profile: DeviceProfile, card: ModelCard, setting: Setting, accumulation: int = 1) -> dict[str, float]:
+    """Part (a key of `PARTS`) → seconds of one optimiser step with so many forward and backward passes."""
+    bandwidth = profile.memory_bandwidth_gb_s * 1e9
+    update = UPDATE_BYTES[setting.optimizer] * trained_numbers(card, setting) / bandwidth
+    found = {name: accumulation * seconds for name, seconds in _one_pass(profile, card, setting).items()}
+    return {name: update if name == "optimizer" else found[name] for name in PARTS}
+
+
+def _one_pass(profile: DeviceProfile, card: ModelCard, setting: Setting) -> dict[str, float]:
+    """The same of one forward and backward pass, which updates nothing."""
+    passes = card.num_layers + setting.recomputed + setting.layers_trained
     opened = 0.0
     if setting.precision in _OPENED:
         rate = getattr(profile, _OPENED[setting.precision]) * 1e9
@@ -108,14 +127,13 @@ def parts(profile: DeviceProfile, card: ModelCard, setting: Setting) -> dict[str
 def operations(card: ModelCard, setting: Setting) -> dict[str, int]:
     """Floating-point operations of one forward and backward pass: dense layers and head, attention, adapters."""
     tokens, trained, layers = setting.tokens, setting.layers_trained, card.num_layers
-    again = trained if setting.gradient_checkpointing else 0
-    passes = layers + again + trained
+    passes = layers + setting.recomputed + trained
     attention = 4 * tokens * setting.max_length * card.num_heads * card.head_dim
     adapters = setting.held * passes * card.rank_parameters(setting.target_modules)
     gradients = setting.rank * trained * card.rank_parameters(setting.trained)
     return {
         "dense": 2 * tokens * (passes * card.layer_linear_parameters + 2 * card.vocab_size * card.hidden_size),
-        "attention": int(attention * (layers + again + ATTENTION_BACKWARD * trained)),
+        "attention": int(attention * (layers + setting.recomputed + ATTENTION_BACKWARD * trained)),
         "adapters": 2 * tokens * (adapters + gradients),
     }
 

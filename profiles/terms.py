@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from edge_runtime.errors import ConfigError, unknown_name
-from profiles.memory import COMPUTE_DTYPES, PRECISIONS
+from profiles.memory import COMPUTE_DTYPES, PRECISIONS, TRAINED_BYTES
 
 
 @dataclass(frozen=True)
@@ -80,19 +80,28 @@ class Overrides:
     max_length: int | None = None
     micro_batch: int | None = None
     gradient_checkpointing: bool | None = None
+    recomputed_layers: int | None = None
+    optimizer: str | None = None
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rank", "held", "layers_trained", "max_length", "micro_batch", "threads"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name} is a whole number of at least 1; found {value!r}")
-        for name, known in (("precision", PRECISIONS), ("compute_dtype", COMPUTE_DTYPES)):
+        for name in ("rank", "held", "layers_trained", "max_length", "micro_batch", "recomputed_layers", "threads"):
+            value, least = getattr(self, name), int(name != "recomputed_layers")
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ConfigError(f"{name} is a whole number of at least {least}; found {value!r}")
+        named = (("precision", PRECISIONS), ("compute_dtype", COMPUTE_DTYPES), ("optimizer", TRAINED_BYTES))
+        for name, known in named:
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise ConfigError(unknown_name(name.replace("_", " "), str(value), known))
         if self.rank and self.held and self.held < self.rank:
             raise ConfigError(f"a device holds what it trains: found held {self.held} below rank {self.rank}")
+        count, checkpointing = self.recomputed_layers, self.gradient_checkpointing
+        if None not in (count, checkpointing) and bool(count) != checkpointing:
+            raise ConfigError(
+                f"recomputed_layers {count} contradicts gradient_checkpointing {str(checkpointing).lower()}; "
+                "leave one of them out"
+            )
 
     @property
     def given(self) -> dict[str, object]:

@@ -68,19 +68,23 @@ def test_help_loads_nothing_heavy() -> None:
     assert not loaded & {*TORCH, "numpy", "matplotlib", "paho", "server", "export"}
 
 
-def test_only_the_probe_loads_a_library_by_name_outside_train() -> None:
-    """A name in a string is an import that the walls of import-linter cannot see."""
+def test_a_library_is_loaded_by_name_only_where_it_may_be_imported() -> None:
+    """A name in a string is an import that the walls of import-linter cannot see.
+
+    `export` may have PEFT, and loads it by name to have it light.
+    """
     by_name = [
         path
         for path in MODULES
         if path.relative_to(ROOT).parts[0] in PACKAGES and ROOT / "edge_runtime" / "train" not in path.parents
         if any(
-            isinstance(node, ast.Call) and ast.unparse(node.func) in {"importlib.import_module", "__import__"}
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) in {"importlib.import_module", "__import__", "light_import"}
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         )
     ]
 
-    assert relative(by_name) == ["profiles/probe.py"]
+    assert sorted(relative(by_name)) == ["export/verify.py", "profiles/light_import.py", "profiles/probe.py"]
 
 
 @pytest.mark.parametrize("name", PACKAGES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from edge_runtime.errors import INTERRUPTED, ConfigError, DeviceMemoryError, Exp
 from edge_runtime.governor import Thresholds
 from edge_runtime.keeper import Watch
 from edge_runtime.state import DeviceState
+from edge_runtime.train import metrics, trackers
 from edge_runtime.train.planning import Owner, owner_of
 from edge_runtime.trainer import Delivered
 
@@ -42,11 +44,14 @@ def run(
     stop = shell.stop_on_signals()
     watch, owner = _watch(config.governor, stop), owner_of(device)
     _preflight(device)
-    trainer = _trainer(config, owner, say)
-    state = DeviceState(device.state_dir)
     fleet = config.fleet.name
-    transport = shell.connect(config, f"edge-{fleet}-{name}", say, stop, will(fleet, name))
-    try:
+    with ExitStack() as closing:
+        trainer = _trainer(config, owner, say)
+        closing.callback(trainer.reports.close)
+        state = DeviceState(device.state_dir)
+        closing.callback(state.close)
+        transport = shell.connect(config, f"edge-{fleet}-{name}", say, stop, will(fleet, name))
+        closing.callback(transport.close)
         client = Client(
             Identity(fleet, name, config.wire.chunk_bytes),
             transport=transport,
@@ -57,9 +62,6 @@ def run(
             watch=watch,
         )
         client.run(stop)
-    finally:
-        transport.close()
-        state.close()
     if not client.left:
         say("interrupted; the state is kept, the same command goes on from there")
         return INTERRUPTED
@@ -72,6 +74,9 @@ def _configure(
     config = shell.with_device(shell.with_broker(settings.load(file, overrides), broker), flags, memory_limit)
     if not config.device.data:
         raise ConfigError("a device trains on its own data; give --data FILE.jsonl, or --data stdlib-docs:GROUP")
+    trackers.names_of(config.device.report_to)
+    for name in config.device.task_metrics:
+        metrics.get(name)
     return config
 
 
@@ -130,6 +135,7 @@ def _trainer(config: Config, owner: Owner, say: Callable[[str], None]) -> LocalT
         source.resolve(device.base)
         from edge_runtime.train.keeping import Keeping
         from edge_runtime.train.local import LocalSettings, LocalTrainer
+        from edge_runtime.train.reporting import Reporting
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "torch", "client") from error
     chosen = LocalSettings(
@@ -140,6 +146,14 @@ def _trainer(config: Config, owner: Owner, say: Callable[[str], None]) -> LocalT
         owner=owner,
         cache=settings.cache_dir(),
         keeping=Keeping(device.state_dir, device.checkpoint_steps, device.checkpoint_seconds),
+        reporting=Reporting(
+            device.report_to,
+            folder=device.state_dir / "runs",
+            project=config.fleet.name,
+            config={"device": device.model_dump(mode="json", exclude_none=True)},
+            task_metrics=device.task_metrics,
+            task_examples=device.task_metrics_examples,
+        ),
     )
     return LocalTrainer(chosen, say=say)
 

@@ -120,7 +120,7 @@ def _as_json(profile: DeviceProfile, config: Config, card: ModelCard | None, cho
             plan=chosen.to_json(),
             card={**asdict(card), "parameters": card.parameters},
             memory=memory.estimate(card, setting, profile.pool).parts,
-            seconds=speed.parts(profile, card, setting) if speed.measured(profile, setting) else None,
+            seconds=_seconds(profile, card, setting, chosen) if speed.measured(profile, setting) else None,
         )
     return found
 
@@ -136,14 +136,20 @@ def _explain(console: Console, profile: DeviceProfile, config: Config, card: Mod
          for name, size in estimate.parts.items()],
     ))  # fmt: skip
     if speed.measured(profile, setting):
-        seconds = speed.parts(profile, card, setting)
+        seconds = _seconds(profile, card, setting, chosen)
         console.print(_table(
-            f"predicted {sum(seconds.values()):.2f} s a pass of {setting.micro_batch} x {setting.max_length} tokens",
+            f"predicted {sum(seconds.values()):.2f} s a step of {chosen.gradient_accumulation_steps} passes of "
+            f"{setting.micro_batch} x {setting.max_length} tokens",
             [Row(name, f"{value:.3f} s", speed.PARTS[name]) for name, value in seconds.items()],
         ))  # fmt: skip
     better = [Row(name.replace("_", " "), "", said) for name, said in chosen.next_better.items()]
     if better:
         console.print(_table("what the next better choice would need", better))
+
+
+def _seconds(profile: DeviceProfile, card: ModelCard, setting: memory.Setting, chosen: Plan) -> dict[str, float]:
+    """Part → predicted seconds of one optimiser step."""
+    return speed.parts(profile, card, setting, chosen.gradient_accumulation_steps)
 
 
 def _table(title: str, rows: Iterable[Row]) -> Table:

@@ -20,6 +20,7 @@ from edge_runtime.train import eight_bit, heap, prepared
 from edge_runtime.train.convert import convert, precision_named
 from edge_runtime.train.quiet import quiet
 from edge_runtime.train.source import Source, fingerprint, resolve
+from profiles.light_import import light_import
 
 try:
     import torch
@@ -134,6 +135,8 @@ def load(base: PreparedBase, *, compute_dtype: Literal["bf16", "fp32"], device: 
     dtype = COMPUTE_DTYPES[compute_dtype]
     try:
         with quiet():
+            if base.precision == "nf4":
+                light_import("bitsandbytes")  # before transformers does, and in less memory
             model = _LOADERS.get(base.precision, _by_transformers)(base.folder, dtype, device)
             tokenizer = transformers.AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
     except ImportError as error:

@@ -25,6 +25,7 @@ from edge_runtime.train.checkpoint import Checkpoint, open_folder, portable_conf
 from edge_runtime.train.gguf_file import open_gguf
 from edge_runtime.train.quiet import quiet
 from edge_runtime.train.source import CONFIG, WEIGHTS_INDEX, Kind, Source
+from profiles.light_import import light_import
 
 try:
     import torch
@@ -119,10 +120,9 @@ def _bitsandbytes() -> Any:
     try:
         with quiet():
             # Only here: bitsandbytes is slow to import, and a plain base has no need of it.
-            from bitsandbytes import functional  # noqa: PLC0415
+            return light_import("bitsandbytes.functional")
     except ImportError as error:
         raise missing_extra("bitsandbytes", "client") from error
-    return functional
 
 
 def _eight_bit(name: str, checkpoint: Checkpoint) -> Tensors:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ __all__ = (
     "Tokenizer",
     "batch_at",
     "cut",
+    "digest_of",
     "load_examples",
     "split",
     "tokenise",
@@ -135,6 +137,14 @@ def _from_file(spec: str) -> list[Example]:
 
 
 # --- splitting ----------------------------------------
+
+
+def digest_of(examples: Sequence[Tokenised]) -> str:
+    """A digest of tokens and labels, in the order of the examples."""
+    total = hashlib.sha256()
+    for example in examples:
+        total.update(array("i", [len(example.input_ids), *example.input_ids, *example.labels]).tobytes())
+    return total.hexdigest()
 
 
 def split(examples: Sequence[Example], *, fraction: float = 0.15, seed: int = 0) -> tuple[list[Example], list[Example]]:

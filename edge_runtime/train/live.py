@@ -1,16 +1,17 @@
-"""LoRA on a live model: the slice that is trained and the rest that is held, as two adapters of PEFT.
+"""LoRA on a live model: the slice that is trained and the rest that is held, in the place of each adapted layer.
 
-A device holds the global adapter up to some rank and trains a few of its directions. PEFT computes both in every
-forward pass, as the adapters `trained` (float32, with gradients) and `held` (frozen, any precision); together they are
-one adapter whose rows were dealt into two hands. At the border to numpy the scale is folded into `b` and the rows
+A device holds the global adapter up to some rank and trains a few of its directions. `LoraLinear` computes both in
+every forward pass, `trained` (float32, with gradients) and `held` (frozen, any precision); together they are one
+adapter whose rows were dealt into two hands. At the border to numpy the scale is folded into `b` and the rows
 return to their order: `read_all` after `load_adapter` gives back what was loaded.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,18 +19,15 @@ from numpy.typing import NDArray
 
 from edge_runtime.errors import BaseModelError, RoundError, missing_extra
 from edge_runtime.lora.adapter import Adapter, LayerSlot, Matrix, Pair, Slot
-from edge_runtime.lora.files import lora_settings
 from edge_runtime.train.base import keep_gradients
-from edge_runtime.train.quiet import quiet
+from edge_runtime.train.lora_linear import LoraLinear
 
 try:
     import torch
-
-    # PEFT imports bitsandbytes, which advises to install a library that fetches code from the hub.
-    with quiet():
-        from peft import LoraConfig, PeftModel
 except ModuleNotFoundError as missing:
-    raise missing_extra(missing.name or "peft", "client") from missing
+    raise missing_extra(missing.name or "torch", "client") from missing
+
+Factors = tuple[torch.nn.Parameter, torch.nn.Parameter]
 
 TRAINED = "trained"
 HELD = "held"
@@ -40,7 +38,7 @@ class LiveModel:
     """A base model with the device's adapter in it. Not frozen: it stands for weights that change in place.
 
     Attributes:
-        model: the PeftModel.
+        model: the base model of transformers, with a `LoraLinear` in the place of every layer that holds anything.
         slot: how many directions of which layer are held and trained.
         scaling: PEFT's lora_alpha / r, the same for every layer and rank.
         directions: for each layer with trained directions, which of its held rows they are, in the order trained.
@@ -56,8 +54,8 @@ def attach(base: Any, slot: Slot, *, scaling: float, held_dtype: torch.dtype = t
     """Put the slot's directions into a base model, all zero in effect until an adapter is loaded.
 
     Args:
-        base: a causal language model of transformers, its layers quantised or not. It is changed in place, and
-            all of it is frozen; `detach` undoes it.
+        base: a model of transformers, its layers quantised or not. It is changed in place, and all of it is frozen;
+            `detach` undoes it.
         slot: layers by module path in `base`. Layers that hold nothing are left untouched.
         scaling: PEFT's lora_alpha / r. A power of two makes folding it exact.
         held_dtype: what frozen directions are kept in; bfloat16 halves them and rounds what `read_all` returns.
@@ -66,42 +64,45 @@ def attach(base: Any, slot: Slot, *, scaling: float, held_dtype: torch.dtype = t
         BaseModelError: a layer that the base model lacks, or of another shape.
         ValueError: a slot that holds nothing, or a scale that is not a positive number.
     """
+    if not scaling > 0 or not math.isfinite(scaling):
+        raise ValueError(f"expected a positive scale; found {scaling}")
     _check_layers(base, slot)
-    ranks = {TRAINED: slot.trained, HELD: {n: s.held - s.trained for n, s in slot.layers.items() if s.held > s.trained}}
-    if not any(ranks.values()):
+    holding = {name: layer for name, layer in slot.layers.items() if layer.held}
+    if not holding:
         raise ValueError("cannot attach a slot that holds no direction of any layer")
-    model: Any = None
-    for adapter, by_layer in ranks.items():
-        if by_layer:
-            # Dropout would make a round depend on more than its data and its seed.
-            config = LoraConfig(**asdict(lora_settings(by_layer, scaling)), lora_dropout=0.0, task_type="CAUSAL_LM")
-            if model is None:
-                model = PeftModel(base, config, adapter_name=adapter)
-            else:
-                model.add_adapter(adapter, config)
-    live = LiveModel(model, slot, scaling, {name: tuple(range(rank)) for name, rank in slot.trained.items()})
-    _check_targets(live, ranks)
-    model.base_model.set_adapter([adapter for adapter, by_layer in ranks.items() if by_layer])
-    _set_precision(live, held_dtype)
+    for name, layer in holding.items():
+        beside = LoraLinear(
+            base.get_submodule(name),
+            trained=layer.trained,
+            held=layer.held - layer.trained,
+            scaling=scaling,
+            held_dtype=held_dtype,
+        )
+        _exchange(base, name, beside.train(base.training))
+    live = LiveModel(base, slot, scaling, {name: tuple(range(rank)) for name, rank in slot.trained.items()})
     _freeze_all_but_trained(live)
-    keep_gradients(live.model)
+    keep_gradients(base)
     return live
 
 
 def detach(live: LiveModel) -> Any:
     """Take the adapter out and return the base model as it was; the live model must not be used afterwards."""
-    return live.model.unload()
+    for name, module in _adapted(live).items():
+        _exchange(live.model, name, module.base)
+    return live.model
 
 
 @contextmanager
 def without_adapter(live: LiveModel) -> Iterator[Any]:
     """The base model alone, for as long as the context lasts; yields the model."""
+    modules = _adapted(live).values()
+    for module in modules:
+        module.enabled = False
     try:
-        with live.model.disable_adapter():
-            yield live.model
+        yield live.model
     finally:
-        # PEFT asks for gradients of every active adapter when it enables them again, the held one among them.
-        _freeze_all_but_trained(live)
+        for module in modules:
+            module.enabled = True
 
 
 def load_adapter(live: LiveModel, adapter: Adapter, directions: Mapping[str, Sequence[int]] | None = None) -> None:
@@ -143,7 +144,7 @@ def read_all(live: LiveModel) -> Adapter:
         if layer.held:
             rows = live.directions.get(name, ())
             order = np.argsort(np.asarray(rows + _others(rows, layer.held)))
-            parts = [_read(live, name, adapter) for adapter in (TRAINED, HELD) if adapter in _module(live, name).lora_A]
+            parts = [_read(live, name, hand) for hand in (TRAINED, HELD) if _factors(live, name, hand) is not None]
             a = np.concatenate([part.a for part in parts])[order]
             b = np.concatenate([part.b for part in parts], axis=1)[:, order]
             layers[name] = Pair(a, np.ascontiguousarray(b))
@@ -154,14 +155,31 @@ def trainable_parameters(live: LiveModel) -> dict[str, torch.nn.Parameter]:
     """The parameters that training changes, float32, by `<layer>.a` (r, d_in) and `<layer>.b` (d_out, r)."""
     found: dict[str, torch.nn.Parameter] = {}
     for name in live.slot.trained:
-        module = _module(live, name)
-        found[f"{name}.a"] = module.lora_A[TRAINED].weight
-        found[f"{name}.b"] = module.lora_B[TRAINED].weight
+        found[f"{name}.a"], found[f"{name}.b"] = _present(live, name, TRAINED)
     return found
 
 
-def _module(live: LiveModel, name: str) -> Any:
-    return live.model.get_base_model().get_submodule(name)
+def _adapted(live: LiveModel) -> dict[str, LoraLinear]:
+    return {name: live.model.get_submodule(name) for name, layer in live.slot.layers.items() if layer.held}
+
+
+def _exchange(model: Any, name: str, module: torch.nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _factors(live: LiveModel, name: str, hand: str) -> Factors | None:
+    """(a, b) of one hand of a layer; None where it is empty."""
+    module = live.model.get_submodule(name)
+    a, b = (module.a, module.b) if hand == TRAINED else (module.held_a, module.held_b)
+    return None if a is None else (a, b)
+
+
+def _present(live: LiveModel, name: str, hand: str) -> Factors:
+    factors = _factors(live, name, hand)
+    if factors is None:
+        raise RoundError(f"layer '{name}': expected {hand} directions, found none; its slot and its model differ")
+    return factors
 
 
 def _others(rows: Sequence[int], rank: int) -> tuple[int, ...]:
@@ -169,12 +187,12 @@ def _others(rows: Sequence[int], rank: int) -> tuple[int, ...]:
     return tuple(row for row in range(rank) if row not in taken)
 
 
-def _write(live: LiveModel, name: str, adapter: str, pair: Pair, rows: Sequence[int]) -> None:
+def _write(live: LiveModel, name: str, hand: str, pair: Pair, rows: Sequence[int]) -> None:
     if not rows:
         return
-    index, module = list(rows), _module(live, name)
-    _copy(module.lora_A[adapter].weight, pair.a[index])
-    _copy(module.lora_B[adapter].weight, pair.b[:, index] / np.float32(live.scaling))
+    index, (a, b) = list(rows), _present(live, name, hand)
+    _copy(a, pair.a[index])
+    _copy(b, pair.b[:, index] / np.float32(live.scaling))
 
 
 def _copy(parameter: torch.nn.Parameter, values: NDArray[np.float32]) -> None:
@@ -182,25 +200,14 @@ def _copy(parameter: torch.nn.Parameter, values: NDArray[np.float32]) -> None:
         parameter.copy_(torch.from_numpy(np.ascontiguousarray(values)))
 
 
-def _read(live: LiveModel, name: str, adapter: str) -> Pair:
-    module = _module(live, name)
-    b = _numpy(module.lora_B[adapter].weight) * np.float32(live.scaling)
-    return Pair(_numpy(module.lora_A[adapter].weight), b)
+def _read(live: LiveModel, name: str, hand: str) -> Pair:
+    a, b = _present(live, name, hand)
+    return Pair(_numpy(a), _numpy(b) * np.float32(live.scaling))
 
 
 def _numpy(parameter: torch.nn.Parameter) -> Matrix:
     # A copy: the values must not follow the parameter through the steps to come.
     return np.array(parameter.detach().to("cpu", torch.float32).numpy(), copy=True)
-
-
-def _set_precision(live: LiveModel, held_dtype: torch.dtype) -> None:
-    for name, layer in live.slot.layers.items():
-        if layer.held:
-            module = _module(live, name)
-            for adapter in module.lora_A:
-                dtype = torch.float32 if adapter == TRAINED else held_dtype
-                module.lora_A[adapter].to(dtype)
-                module.lora_B[adapter].to(dtype)
 
 
 def _freeze_all_but_trained(live: LiveModel) -> None:
@@ -220,20 +227,6 @@ def _check_layers(base: Any, slot: Slot) -> None:
                 f"layer '{name}': the slot expects (d_out, d_in) = {(layer.d_out, layer.d_in)}, the base model has "
                 f"{found}; use the fleet's base model"
             )
-
-
-def _check_targets(live: LiveModel, ranks: Mapping[str, Mapping[str, int]]) -> None:
-    """PEFT matches layers by pattern; make sure that it found those meant, at the ranks meant, and no other."""
-    wanted = {(name, adapter): rank for adapter, by_layer in ranks.items() for name, rank in by_layer.items()}
-    found = {
-        (name, adapter): linear.out_features
-        for name, module in live.model.get_base_model().named_modules()
-        if hasattr(module, "lora_A")
-        for adapter, linear in module.lora_A.items()
-    }
-    if wanted != found:
-        different = sorted(name for (name, _), _ in wanted.items() ^ found.items())
-        raise BaseModelError(f"PEFT adapted other layers or ranks than the slot asks for: {', '.join(different)}")
 
 
 def _check_pair(name: str, pair: Pair, layer: LayerSlot) -> None:

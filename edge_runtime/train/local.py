@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import importlib.metadata
 import os
 import platform
@@ -12,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
 from edge_runtime.errors import DataError, DeviceMemoryError, RoundError, unknown_name
@@ -27,7 +25,11 @@ from edge_runtime.train.footprint import Footprint
 from edge_runtime.train.keeping import Keeping, KeptRounds, RoundName, key_of
 from edge_runtime.train.live import LiveModel
 from edge_runtime.train.planning import Owner, choose, in_words, slot_of
+from edge_runtime.train.reporting import SILENT, Reporting, Reports, Subject
 from edge_runtime.train.source import resolve
+from edge_runtime.train.token_cache import in_words as told_of
+from edge_runtime.train.token_cache import tokens_of
+from edge_runtime.train.vocabulary import check_vocabulary
 from edge_runtime.trainer import AdapterSpec, Gate, Introduction, LocalResult, StepReport, Training
 from profiles.card import ModelCard
 from profiles.device import DeviceProfile
@@ -54,7 +56,7 @@ class LocalSettings:
         cache: where converted bases are kept.
         keeping: where and how often the state of a round is kept; None for a device whose rounds begin anew after a
             restart.
-        optimizer: a name in optimizer.OPTIMIZERS.
+        reporting: where the numbers of training go.
     """
 
     base: str
@@ -64,7 +66,7 @@ class LocalSettings:
     owner: Owner
     cache: Path
     keeping: Keeping | None = None
-    optimizer: str = "adamw"
+    reporting: Reporting = SILENT
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +111,7 @@ class LocalTrainer:
         self._received: _Received | None = None
         self._kept = KeptRounds(settings.keeping, say)
         self._footprint = Footprint()
+        self.reports = Reports(settings.reporting, say)
 
     @property
     def ready(self) -> Ready:
@@ -135,8 +138,8 @@ class LocalTrainer:
     ) -> Introduction:
         """Probe, plan, load the base and attach an adapter of zero product.
 
-        A plan that trains the same slice of the same base, and only passes fewer examples at once or recomputes more,
-        takes over the model that is loaded.
+        A plan that trains the same slice of the same base, and only passes fewer examples at once, recomputes more
+        layers or has another optimiser, takes over the model that is loaded.
 
         Raises:
             PlanError: this device cannot bear the smallest plan.
@@ -198,19 +201,35 @@ class LocalTrainer:
         compute: Literal["bf16", "fp32"] = "bf16" if chosen.compute_dtype == "bf16" else "fp32"
         self._footprint.begin()  # what conversion took is no part of the plan
         base = load(found, compute_dtype=compute, device="cuda" if profile.kind == "cuda" else "cpu")
+        tokens, tokens_held_out = self._tokens(base, chosen.max_length)
+        live = get(spec.family).attach(base.model, slot, scaling=spec.scaling)
+        digest = data.digest_of(tokens.examples)
+        return Ready(chosen, card, spec, ceiling, slot, base, live, tokens.examples, tokens_held_out.examples, digest)
+
+    def _tokens(self, base: LoadedBase, max_length: int) -> tuple[data.TokenisedSet, data.TokenisedSet]:
+        """This device's examples as tokens, those to train on and those held out.
+
+        Raises:
+            DataError: nothing to learn is left of any of them.
+            BaseModelError: the tokenizer does not belong to the base.
+        """
+        settings = self._settings
+        rows = base.model.get_input_embeddings().weight.shape[0]
+        check_vocabulary(base.tokenizer, rows, base.prepared.label)
         train, held_out = data.split(settings.examples, fraction=settings.eval_fraction)
-        tokens = data.tokenise_all(train, base.tokenizer, chosen.max_length)
-        tokens_held_out = data.tokenise_all(held_out[: settings.eval_examples], base.tokenizer, chosen.max_length)
-        if not tokens.examples or not tokens_held_out.examples:
+        found = tuple(
+            tokens_of(part, base.tokenizer, max_length, cache=settings.cache / "tokens", say=self._say, vocab_size=rows)
+            for part in (train, held_out[: settings.eval_examples])
+        )
+        if not all(part.examples for part in found):
             raise DataError(
-                f"no example has a completion within {chosen.max_length} tokens; give shorter examples, "
+                f"no example has a completion within {max_length} tokens; give shorter examples, "
                 "or raise adapter.max_length in the fleet's file"
             )
-        if tokens.dropped:
-            self._say(f"{tokens.dropped} examples are longer than {chosen.max_length} tokens and are left out")
-        live = get(spec.family).attach(base.model, slot, scaling=spec.scaling)
-        digest = _digest(tokens.examples)
-        return Ready(chosen, card, spec, ceiling, slot, base, live, tokens.examples, tokens_held_out.examples, digest)
+        for part in found:
+            if told := told_of(part, max_length):
+                self._say(told)
+        return found[0], found[1]
 
     def _introduction(self, ready: Ready) -> Introduction:
         versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
@@ -233,12 +252,20 @@ class LocalTrainer:
             # Of all that was received, the slice alone is needed again: the rest lives in the model.
             before = {name: take(adapter[name], directions) for name, directions in live.directions.items()}
             self._received = _Received(before, adapter.digest())
+        self.reports.received()
 
     def evaluate(self) -> float:
         """Mean completion loss on the held-out examples, nats per token."""
         ready = self.ready
         with bearing("evaluating"):
-            return loop.evaluate(ready.live, ready.held_out).loss
+            loss = loop.evaluate(ready.live, ready.held_out).loss
+        self.reports.evaluated(loss, self._subject)
+        return loss
+
+    def _subject(self) -> Subject:
+        ready, settings = self.ready, self._settings
+        held_out = data.split(settings.examples, fraction=settings.eval_fraction)[1]
+        return Subject(ready.live.model, ready.base.tokenizer, held_out, ready.plan)
 
     def train(
         self, training: Training, round_number: int, on_step: Callable[[StepReport], None], gate: Gate
@@ -256,10 +283,11 @@ class LocalTrainer:
         ready, received, kept = self.ready, self._received, self._kept
         if received is None:
             raise DataError("nothing was received yet; receive() comes first")
-        task = _task(training, round_number, ready, self._settings.optimizer)
+        task = _task(training, round_number, ready)
 
         def stepped(at: resume.StepReport) -> None:
             on_step(StepReport(at.step, at.steps, at.loss))
+            self.reports.stepped(at, round_number)
             self._check_footprint(at.step)
 
         def asked() -> bool:
@@ -294,8 +322,8 @@ class LocalTrainer:
 
     def _start(self, training: Training, round_number: int, received: _Received) -> resume.RoundState | None:
         """What the round begins with; None for the adapter that was received, and nothing more."""
-        ready, optimizer = self.ready, self._settings.optimizer
-        base = ready.base.prepared.fingerprint
+        ready, base = self.ready, self.ready.base.prepared.fingerprint
+        optimizer = ready.plan.optimizer  # moments of one kind mean nothing to the other
         of_model = (base, ready.spec.family, optimizer)
         key = key_of(training, round_number, received.digest, ready.slot, _same(ready.plan), of_model, ready.data)
         trainable = get(ready.spec.family).trainable
@@ -346,20 +374,14 @@ def _same_model(one: Plan, other: Plan) -> bool:
     return (_same(one), one.threads) == (_same(other), other.threads)
 
 
-def _digest(examples: Sequence[data.Tokenised]) -> str:
-    total = hashlib.sha256()
-    for example in examples:
-        total.update(np.asarray([len(example.input_ids), *example.input_ids, *example.labels], np.int32).tobytes())
-    return total.hexdigest()
-
-
-def _task(training: Training, round_number: int, ready: Ready, optimizer: str) -> loop.LocalTask:
+def _task(training: Training, round_number: int, ready: Ready) -> loop.LocalTask:
     if training.schedule not in loop.SCHEDULES:
         raise RoundError(unknown_name("schedule", training.schedule, loop.SCHEDULES) + "; update this device")
     chosen = ready.plan
     return loop.LocalTask(
         steps=training.max_steps,
         learning_rate=training.learning_rate,
+        pack_tokens=chosen.micro_batch * chosen.max_length,
         micro_batch=chosen.micro_batch,
         gradient_accumulation_steps=-(-training.batch_size // chosen.micro_batch),
         warmup_steps=training.warmup_steps,
@@ -368,8 +390,9 @@ def _task(training: Training, round_number: int, ready: Ready, optimizer: str) -
         # Another order of the examples in each round, the same in each repetition of the run.
         seed=training.seed * 10_007 + round_number,
         gradient_checkpointing=chosen.gradient_checkpointing,
+        recomputed_layers=chosen.recomputed_layers,
         schedule=training.schedule,
-        optimizer=optimizer,
+        optimizer=chosen.optimizer,
         lora_plus_ratio=training.lora_plus_ratio,
         family=ready.spec.family,
     )

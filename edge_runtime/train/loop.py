@@ -9,19 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
 from edge_runtime.errors import DataError, DeviceMemoryError, RoundError, unknown_name
 from edge_runtime.train import families, heap, optimizer
-from edge_runtime.train.batches import collate
+from edge_runtime.train.batches import Packed, pack_together
+from edge_runtime.train.checkpointing import checkpointing, decoder_layers
 from edge_runtime.train.culprit import first_bad_gradient, first_bad_output
 from edge_runtime.train.data import Tokenised, batch_at
 from edge_runtime.train.exhaustion import bearing
+from edge_runtime.train.lean import lean
 from edge_runtime.train.live import LiveModel
-from edge_runtime.train.loss import completion_loss, unwrap
+from edge_runtime.train.loss import SummedLoss, completion_loss, unwrap
+from edge_runtime.train.packing import pack
 from edge_runtime.train.resume import NotFiniteError, RoundState, StepReport, capture, restore
 
 # The share of the learning rate that is left, by the share of the round (after its warm-up) that is done, in [0, 1).
@@ -39,7 +42,7 @@ class LocalTask:
     Attributes:
         steps: optimiser steps of the round.
         learning_rate: the largest, after the warm-up.
-        micro_batch: examples that pass through the model at once.
+        micro_batch: examples of full length that pass through the model at once.
         gradient_accumulation_steps: micro-batches of one optimiser step.
         warmup_steps: steps over which the learning rate rises to its largest.
         weight_decay: decoupled, of both factors.
@@ -50,6 +53,10 @@ class LocalTask:
         optimizer: a name in optimizer.OPTIMIZERS.
         lora_plus_ratio: the learning rate of `b` over that of `a`, at least 1.
         family: the kind of adapter that the live model holds, a name in families.FAMILIES.
+        pack_tokens: tokens that pass through the model at once, at most; `micro_batch` times the step's longest
+            example where it is 0.
+        recomputed_layers: with checkpointing, the first so many of the layers that the backward pass goes through are
+            recomputed, and the last ones keep their activations; None for all of them.
     """
 
     steps: int
@@ -65,6 +72,8 @@ class LocalTask:
     optimizer: str = "adamw"
     lora_plus_ratio: float = 1.0
     family: str = "lora"
+    pack_tokens: int = 0
+    recomputed_layers: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "micro_batch", "gradient_accumulation_steps"):
@@ -73,6 +82,8 @@ class LocalTask:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"a local task needs a positive {name}; found {getattr(self, name)}")
+        if self.recomputed_layers is not None and self.recomputed_layers < 0:
+            raise ValueError(f"a local task needs recomputed_layers of at least 0; found {self.recomputed_layers}")
         if not self.lora_plus_ratio >= 1:
             raise ValueError(f"a local task needs a lora_plus_ratio of at least 1; found {self.lora_plus_ratio}")
         for name, known in (("schedule", SCHEDULES), ("optimizer", optimizer.OPTIMIZERS)):
@@ -211,7 +222,9 @@ def train_round(
     except NotFiniteError as error:
         broken = str(error)
     run.optimizer.zero_grad(set_to_none=True)
-    state = capture(parameters, run.optimizer, tuple(reports))
+    # Nobody moves the moments again, so they are handed over; the parameters live on in the model.
+    state = capture(parameters, run.optimizer, tuple(reports), copy=False)
+    state = replace(state, parameters={name: value.copy() for name, value in state.parameters.items()})
     if broken is not None:
         raise NotFiniteError(broken, state)
     return _result(state, examples, task, finished=finished, failure=failure)
@@ -233,10 +246,9 @@ def evaluate(live: LiveModel, examples: Sequence[Tokenised], *, batch: int = 1) 
     device = causal.get_input_embeddings().weight.device
     live.model.eval()
     try:
-        with torch.no_grad(), heap.releasing(_layers(causal)):
+        with torch.no_grad(), lean(causal), heap.releasing(_layers(causal)):
             for first in range(0, len(examples), batch):
-                part = collate(examples[first : first + batch], device)
-                loss = completion_loss(live.model, part.input_ids, part.labels)
+                loss = _loss(live, pack_together(examples[first : first + batch], device))
                 total += float(loss.total)
                 tokens += loss.tokens
                 heap.release()
@@ -250,7 +262,7 @@ def evaluate(live: LiveModel, examples: Sequence[Tokenised], *, batch: int = 1) 
 def _layers(causal: Any) -> Sequence[Any]:
     """The decoder layers between which the heap is released; none on a GPU, whose memory no heap of ours holds."""
     on_card = causal.get_input_embeddings().weight.device.type != "cpu"
-    return () if on_card else getattr(causal, causal.base_model_prefix).layers
+    return () if on_card else decoder_layers(causal)
 
 
 def _indices(count: int, task: LocalTask, step: int) -> tuple[int, ...]:
@@ -277,11 +289,12 @@ def _step(run: _Run, batch: Sequence[Tokenised], step: int) -> StepReport:
     torch.manual_seed(task.seed * 1_000_003 + step)
     run.optimizer.zero_grad(set_to_none=True)
     loss = 0.0
-    for first in range(0, len(batch), task.micro_batch):
+    lengths = [len(example.input_ids) for example in batch]
+    for members in pack(lengths, task.pack_tokens or task.micro_batch * max(lengths)):
         if run.should_stop is not None and run.should_stop():
             raise _Stopped
-        with bearing(f"step {step + 1} passed {min(task.micro_batch, len(batch) - first)} examples through the model"):
-            loss += _accumulate(run.live, batch[first : first + task.micro_batch], tokens, step)
+        with bearing(f"step {step + 1} passed {len(members)} examples through the model"):
+            loss += _accumulate(run.live, [batch[member] for member in members], tokens, step)
     gradient_norm = _clip(run, step)
     rate = learning_rate_at(task, step)
     _update(run.optimizer, rate, step)
@@ -301,12 +314,12 @@ def _update(updating: torch.optim.Optimizer, rate: float, step: int) -> None:
 def _accumulate(live: LiveModel, examples: Sequence[Tokenised], tokens: int, step: int) -> float:
     """Add a micro-batch's share of the gradient of the step's mean token loss; returns its share of that loss."""
     causal = unwrap(live.model)
-    batch = collate(examples, causal.get_input_embeddings().weight.device)
-    share = completion_loss(live.model, batch.input_ids, batch.labels).total / tokens
+    row = pack_together(examples, causal.get_input_embeddings().weight.device)
+    share = _loss(live, row).total / tokens
     value = float(share.detach())
     if not math.isfinite(value):
         del share  # and with it what the forward pass kept: the search needs room of its own
-        where = first_bad_output(causal, lambda: completion_loss(live.model, batch.input_ids, batch.labels))
+        where = first_bad_output(causal, lambda: _loss(live, row))
         raise NotFiniteError(
             f"step {step + 1}: expected a finite loss, found {value}, first {where}; "
             "lower learning_rate, or compute in float32"
@@ -315,6 +328,10 @@ def _accumulate(live: LiveModel, examples: Sequence[Tokenised], tokens: int, ste
     del share
     heap.release()  # the next micro-batch has other lengths, which would not fit into the holes of this one
     return value
+
+
+def _loss(live: LiveModel, row: Packed) -> SummedLoss:
+    return completion_loss(live.model, row.input_ids, row.labels, row.position_ids, row.lengths)
 
 
 def _clip(run: _Run, step: int) -> float:
@@ -345,20 +362,14 @@ def _training_mode(live: LiveModel, task: LocalTask) -> Iterator[None]:
     causal = unwrap(live.model)
     was_training = live.model.training
     device = causal.get_input_embeddings().weight.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), heap.releasing(_layers(causal)):
+    cards = [device] if device.type == "cuda" else []
+    recomputed = task.recomputed_layers if task.gradient_checkpointing else 0
+    fork = torch.random.fork_rng(devices=cards)
+    with fork, lean(causal), heap.releasing(_layers(causal)), checkpointing(causal, recomputed):
         live.model.train()
-        if task.gradient_checkpointing:
-            # Without re-entrance the graph starts at the first trained layer: nothing below it is kept or recomputed,
-            # and the embeddings need not pretend to require gradients.
-            causal.gradient_checkpointing_enable({"use_reentrant": False})
-            # transformers 5 makes them pretend all the same, and would recompute every frozen layer.
-            if hasattr(causal, "_require_grads_hook"):
-                causal.disable_input_require_grads()
         try:
             yield
         finally:
-            if task.gradient_checkpointing:
-                causal.gradient_checkpointing_disable()
             live.model.train(was_training)
 
 

@@ -6,12 +6,15 @@ the forward pass, and positions without a label (the prompt, the padding) never 
 
 Source: the algorithm is the fused linear cross-entropy of Liger Kernel (arXiv:2410.10989, section 3.2).
 Differs from the paper: plain torch, no gradient of the head's weight, unlabelled positions are dropped first, and the
-chunk follows from a budget in bytes.
+chunk follows from a budget in bytes. On CUDA, Liger's own kernel is used where it is installed.
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +23,9 @@ from torch.nn import functional
 
 from edge_runtime.errors import BaseModelError
 from edge_runtime.train.data import IGNORED
+
+PACKED_LENGTHS = "packed_lengths"
+"""The keyword under which a forward pass hands the lengths of a row's examples to the attention of `lean`."""
 
 LOGITS_BYTES = 8 << 20
 """Bytes of one chunk's float32 logits."""
@@ -89,6 +95,26 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return gradient * upstream.to(gradient.dtype), None, None, None, None
 
 
+@cache
+def _liger() -> Any:
+    """Liger's function; None where it, or the Triton that it needs, is not installed."""
+    try:
+        # Not the autograd function below it, whose arguments change from release to release.
+        return importlib.import_module("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy
+    except ImportError:
+        return None
+
+
+# Kernels of others, by the kind of device whose tensors they take.
+FUSED: dict[str, Callable[[], Any]] = {"cuda": _liger}
+
+
+def _fused_for(hidden: torch.Tensor, weight: torch.Tensor) -> Any:
+    """The fused kernel for these tensors; None for our own chunks. Liger takes no empty batch and no float64."""
+    known = hidden.device.type in FUSED and hidden.shape[0] > 0 and weight.dtype != torch.float64
+    return FUSED[hidden.device.type]() if known else None
+
+
 def chunked_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -104,7 +130,8 @@ def chunked_cross_entropy(
         weight: (vocabulary, d), frozen.
         labels: (tokens,), int64, every one a class: unlabelled positions are dropped by the caller.
         bias: (vocabulary,), frozen.
-        chunk: tokens whose logits exist at once; `chunk_tokens(vocabulary)` when absent.
+        chunk: tokens whose logits exist at once, by our own kernel; when absent, `chunk_tokens(vocabulary)`, or a
+            kernel of FUSED with its own chunks.
 
     Returns:
         A scalar, float32 or wider, in nats. It has a first derivative only.
@@ -114,6 +141,10 @@ def chunked_cross_entropy(
     """
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError("the head of the chunked loss must be frozen; found a weight or bias that requires a gradient")
+    fused = _fused_for(hidden, weight) if chunk is None else None
+    if fused is not None:
+        fused_total: torch.Tensor = fused(hidden.to(weight.dtype), weight.detach(), labels, bias=bias, reduction="sum")
+        return fused_total
     total: torch.Tensor = _FrozenHeadLoss.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
         hidden, weight, bias, labels, chunk or chunk_tokens(weight.shape[0])
     )
@@ -143,13 +174,21 @@ def _head_of(causal: Any) -> torch.nn.Linear:
     return head
 
 
-def completion_loss(model: Any, input_ids: torch.Tensor, labels: torch.Tensor) -> SummedLoss:
+def completion_loss(
+    model: Any,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    lengths: Sequence[int] | None = None,
+) -> SummedLoss:
     """The summed loss of every labelled token, given the tokens before it.
 
     Args:
         model: a causal language model of transformers, wrapped by PEFT or not.
-        input_ids: (examples, length), int64, padded on the right.
-        labels: (examples, length), int64; IGNORED where the token has no say.
+        input_ids: (examples, length), int64, padded on the right; or (1, tokens), examples one behind the other.
+        labels: as input_ids; IGNORED where the token has no say, as the first of each packed example.
+        position_ids: as input_ids, each token's place in its example; needed for packed examples.
+        lengths: of the packed examples; the model must run within `lean.lean` then.
 
     Raises:
         BaseModelError: a head, or a step after it, that this loss does not know.
@@ -157,9 +196,10 @@ def completion_loss(model: Any, input_ids: torch.Tensor, labels: torch.Tensor) -
     causal = unwrap(model)
     head = _head_of(causal)
     backbone = getattr(causal, causal.base_model_prefix)
+    packed = {} if lengths is None else {PACKED_LENGTHS: tuple(lengths)}
     # No attention mask: padding is on the right, where a causal model never looks, and its own labels are IGNORED.
-    hidden = backbone(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
-    targets = labels[:, 1:]
+    found = backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packed)
+    hidden, targets = found.last_hidden_state[:, :-1], labels[:, 1:]
     counted = targets != IGNORED
     total = chunked_cross_entropy(hidden[counted], head.weight, targets[counted], bias=head.bias)
     return SummedLoss(total, int(counted.sum()))

@@ -9,6 +9,7 @@ from edge_runtime.lora.adapter import LayerSlot, Slot
 from edge_runtime.trainer import AdapterSpec, Training
 from profiles.card import ModelCard
 from profiles.device import DeviceProfile
+from profiles.explain import OPTIMIZERS
 from profiles.plan import Plan, plan
 from profiles.terms import Budgets, Overrides, Task
 
@@ -89,9 +90,12 @@ def in_words(chosen: Plan, card: ModelCard, spec: AdapterSpec) -> str:
     all_targets = set(chosen.trained_modules) == set(spec.target_modules)
     layers = "all" if chosen.layers_trained == card.num_layers else f"last {chosen.layers_trained}"
     modules = "" if all_targets else f" ({', '.join(chosen.trained_modules)})"
-    checkpointing = ", checkpointing" if chosen.gradient_checkpointing else ""
+    recomputed = "" if chosen.recomputed_layers == chosen.layers_trained else f" {chosen.recomputed_layers}"
+    of_all = f"{recomputed} of {chosen.layers_trained} layers" if recomputed else ""
+    checkpointing = f", checkpointing{of_all}" if chosen.gradient_checkpointing else ""
+    optimizer = "" if chosen.optimizer == "adamw" else f", {OPTIMIZERS[chosen.optimizer]}"
     return (
         f"rank {chosen.rank} of {chosen.held} held, {layers} of {card.num_layers} layers{modules}, {chosen.precision}, "
         f"{chosen.compute_dtype} compute, micro-batch {chosen.micro_batch} x {chosen.max_length} tokens"
-        f"{checkpointing}, ≤ {chosen.predicted_peak_bytes / 2**20:.0f} MiB"
+        f"{checkpointing}{optimizer}, ≤ {chosen.predicted_peak_bytes / 2**20:.0f} MiB"
     )

@@ -92,7 +92,7 @@ def open_tracker(
         MissingExtraError: the library of a tracker is not installed.
         DataError: the folder cannot be written.
     """
-    names = _names(report_to)
+    names = names_of(report_to)
     given = options or {}
     for name in given:
         if name not in KINDS:
@@ -113,7 +113,12 @@ def open_tracker(
     return Tracker(names, log, closing.close)
 
 
-def _names(report_to: str | Sequence[str]) -> tuple[str, ...]:
+def names_of(report_to: str | Sequence[str]) -> tuple[str, ...]:
+    """The trackers that `report_to` stands for, each once: none for "none", and what is installed for "all".
+
+    Raises:
+        ConfigError: a name that is no tracker (lists those there are), or "none" beside others.
+    """
     asked = (report_to,) if isinstance(report_to, str) else tuple(report_to)
     for name in asked:
         if name not in {ALL, NONE, JSONL, *KINDS}:

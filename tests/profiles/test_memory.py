@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.errors import BaseModelError, ConfigError
-from profiles.memory import PARTS, Setting, estimate, saved_bytes_per_token
+from profiles.memory import PARTS, Setting, estimate, saved_bytes_per_token, trained_numbers
 from tests.profiles.cards import ALL, ATTENTION, smollm2
 
 MIB = 2**20
@@ -26,25 +26,36 @@ SETTINGS = st.builds(
     micro_batch=st.integers(1, 8),
     max_length=st.integers(1, 1024),
     gradient_checkpointing=st.booleans(),
+    recomputed_layers=st.sampled_from([None, 0, 1]),
+    optimizer=st.sampled_from(["adamw", "adamw_8bit"]),
 )
 
 # VmHWM in MiB, as benchmarks/memory_prediction.py found it with the versions that profiles.memory names.
 MEASURED = [
-    (Setting(ATTENTION, 2, 2, 1, max_length=64), 585),
-    (Setting(ATTENTION, 8, 32, 30, max_length=128), 633),
-    (Setting(ATTENTION, 8, 16, 30, micro_batch=2), 670),
-    (Setting(ATTENTION, 64, 64, 30, max_length=128), 771),
-    (Setting(ATTENTION, 16, 16, 30, max_length=512, gradient_checkpointing=False), 1064),
-    (Setting(ALL, 8, 32, 30, micro_batch=2, gradient_checkpointing=False), 1270),
-    (Setting(ATTENTION, 4, 4, 10, max_length=128, micro_batch=4, gradient_checkpointing=False), 747),
-    (Setting(ATTENTION, 8, 16, 30, max_length=128, micro_batch=2, compute_dtype="fp32"), 757),
-    (Setting(ATTENTION, 8, 32, 30, precision="int8"), 700),
-    (Setting(ATTENTION, 8, 16, 30, precision="bf16", micro_batch=4), 870),
-    (Setting(ATTENTION, 8, 16, 30, precision="fp32", compute_dtype="fp32", gradient_checkpointing=False), 1286),
+    (Setting(ATTENTION, 2, 2, 1, max_length=64), 538),
+    (Setting(ATTENTION, 8, 32, 30, max_length=128), 577),
+    (Setting(ATTENTION, 8, 16, 30, micro_batch=2), 620),
+    (Setting(ATTENTION, 16, 16, 30, max_length=512, gradient_checkpointing=False), 765),
+    (Setting(ALL, 8, 32, 30, micro_batch=2, gradient_checkpointing=False), 881),
+    (Setting(ATTENTION, 4, 4, 10, max_length=128, micro_batch=4, gradient_checkpointing=False), 631),
+    (Setting(ATTENTION, 8, 16, 30, max_length=128, micro_batch=2, compute_dtype="fp32"), 699),
+    (Setting(ATTENTION, 8, 32, 30, precision="int8"), 643),
+    (Setting(ATTENTION, 8, 16, 30, precision="bf16", micro_batch=4), 798),
+    (Setting(ATTENTION, 8, 16, 30, precision="fp32", compute_dtype="fp32", gradient_checkpointing=False), 1134),
 ]
 
 
-@pytest.mark.parametrize(("setting", "measured"), MEASURED)
+# The same, of the ways to train: 2 steps, one thread.
+MEASURED_WAYS = [
+    (Setting(ATTENTION, 8, 32, 30, micro_batch=4, recomputed_layers=30), 680),
+    (Setting(ATTENTION, 8, 32, 30, micro_batch=4, recomputed_layers=29), 678),
+    (Setting(ATTENTION, 8, 32, 30, micro_batch=4, recomputed_layers=15), 818),
+    (Setting(ALL, 64, 64, 30, max_length=64), 941),
+    (Setting(ALL, 64, 64, 30, max_length=64, optimizer="adamw_8bit"), 841),
+]
+
+
+@pytest.mark.parametrize(("setting", "measured"), [*MEASURED, *MEASURED_WAYS])
 def test_predictions_stay_within_five_percent_of_measured_peaks(setting: Setting, measured: int) -> None:
     assert estimate(smollm2(), setting).total / MIB == pytest.approx(measured, rel=0.05)
 
@@ -63,9 +74,45 @@ def test_the_total_is_the_sum_of_parts_and_none_is_negative(setting: Setting) ->
     pool=st.sampled_from(["host", "gpu", "shared"]),
 )
 def test_more_of_anything_never_needs_less(setting: Setting, raised: str, pool: str) -> None:
+    if raised == "rank":
+        # A larger factor may come to have its moments in 8 bits, and then take less than a smaller one.
+        setting = replace(setting, optimizer="adamw")
     more = replace(setting, **{raised: getattr(setting, raised) + 1, "held": setting.held + 1})
 
     assert estimate(smollm2(), more, pool).total >= estimate(smollm2(), setting, pool).total
+
+
+@given(setting=SETTINGS, pool=st.sampled_from(["host", "gpu", "shared"]))
+def test_recomputing_all_or_none_is_what_checkpointing_on_or_off_is(setting: Setting, pool: str) -> None:
+    on, off = (replace(setting, gradient_checkpointing=on, recomputed_layers=None) for on in (True, False))
+
+    every = replace(on, recomputed_layers=setting.layers_trained)
+    assert estimate(smollm2(), every, pool) == estimate(smollm2(), on, pool)
+    assert estimate(smollm2(), replace(on, recomputed_layers=0), pool) == estimate(smollm2(), off, pool)
+
+
+@given(setting=SETTINGS, pool=st.sampled_from(["host", "gpu", "shared"]))
+def test_each_layer_recomputed_saves_memory_but_the_last_one(setting: Setting, pool: str) -> None:
+    """The last layer's backward pass comes first: what it keeps is what it would have to recompute at once."""
+    on = replace(setting, gradient_checkpointing=True)
+    counts = range(setting.layers_trained + 1)
+    totals = [estimate(smollm2(), replace(on, recomputed_layers=count), pool).total for count in counts]
+
+    assert totals[:-1] == sorted(totals[:-1], reverse=True)
+    assert len(set(totals[:-1])) == len(totals) - 1
+    assert totals[-1] > totals[-2]
+
+
+def test_8_bit_moments_save_six_bytes_of_each_number_of_a_factor_that_is_large_enough() -> None:
+    """As counted in bitsandbytes' own state: 2.26 bytes of moments a number, with those too small left in 32 bits."""
+    setting = Setting(ALL, 16, 16, 30)
+    plain, small = (estimate(smollm2(), replace(setting, optimizer=name)) for name in ("adamw", "adamw_8bit"))
+    numbers = trained_numbers(smollm2(), setting)
+
+    assert plain.trained_adapter == 16 * numbers
+    assert small.trained_adapter / numbers - 8 == pytest.approx(2.2565, rel=0.001)
+    lowest = replace(setting, rank=2)
+    assert estimate(smollm2(), replace(lowest, optimizer="adamw_8bit")) == estimate(smollm2(), lowest)
 
 
 @given(setting=SETTINGS)
@@ -78,13 +125,12 @@ def test_untrained_layers_keep_no_activations(setting: Setting) -> None:
 
 
 def test_the_bytes_of_a_token_are_those_that_autograd_saves() -> None:
-    """28,084 and 38,933 (all modules) in bf16, 35,261 in fp32 were counted by saved-tensor hooks."""
+    """12,680 and 16,904 (all modules) in bf16 were counted by saved-tensor hooks, less the angles all layers share."""
     setting = Setting(ATTENTION, 8, 8, 30, max_length=128)
 
-    assert saved_bytes_per_token(smollm2(), setting) == pytest.approx(28_084, rel=0.002)
-    assert saved_bytes_per_token(smollm2(), replace(setting, target_modules=ALL)) == pytest.approx(38_933, rel=0.002)
-    fp32 = replace(setting, compute_dtype="fp32")
-    assert 35_261 <= saved_bytes_per_token(smollm2(), fp32) <= 1.1 * 35_261
+    assert saved_bytes_per_token(smollm2(), setting) == 12_680
+    assert saved_bytes_per_token(smollm2(), replace(setting, target_modules=ALL)) == 16_904
+    assert saved_bytes_per_token(smollm2(), replace(setting, target_modules=("q_proj", "v_proj"))) == 11_528
 
 
 def test_four_bit_weights_take_what_they_take_on_disk() -> None:
@@ -132,6 +178,9 @@ def test_chunked_logits_do_not_grow_with_the_batch() -> None:
     [
         {"precision": "int3"},
         {"compute_dtype": "fp8"},
+        {"optimizer": "sgd"},
+        {"recomputed_layers": 31},
+        {"recomputed_layers": -1},
         {"rank": 0},
         {"held": 4},
         {"micro_batch": 0},
@@ -155,6 +204,6 @@ def test_unknown_pools_layers_and_modules_are_refused() -> None:
 def test_a_description_names_the_largest_part_first() -> None:
     text = estimate(smollm2(), Setting(ATTENTION, 8, 8, 30)).describe(2)
 
-    assert text.startswith("runtime 4")
+    assert text.startswith("runtime 399 MiB")
     assert " MiB, " in text
     assert text.count(",") == 1

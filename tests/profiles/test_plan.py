@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import fields, replace
@@ -118,22 +119,77 @@ def test_what_is_missing_is_exactly_what_makes_the_smallest_plan_fit(task: Task,
 
 
 def test_the_search_finds_what_trying_everything_finds() -> None:
-    card, task = smollm2(), replace(TASK, max_rank=4, max_held=8, max_length=64, batch_size=2)
-    budgets = Budgets(memory_bytes=planned(GIB, task).predicted_peak_bytes * 9 // 10)
+    """Layers, micro-batch, how many layers are recomputed, and the optimiser included."""
+    card = replace(smollm2(), num_layers=6)
+    task = replace(TASK, target_modules=ALL, max_rank=32, max_held=32, max_length=64, batch_size=2)
+    budgets = Budgets(memory_bytes=plan(MEASURED, card, task, Budgets(GIB)).predicted_peak_bytes * 98 // 100)
     offered = search.options(MEASURED, card, task, Overrides())
     problem = Problem(MEASURED, card, task, search.limits(MEASURED, budgets), offered)
     everything = (
-        replace(way, layers_trained=layers)
+        search.recomputing(replace(setting, layers_trained=layers, micro_batch=size, optimizer=optimizer), count)
         for setting in search._combinations(problem)
-        for layers in offered.layers
-        for way in search.ways(problem, setting)
+        for layers, size, optimizer in itertools.product(offered.layers, offered.micro_batches, offered.optimizers)
+        for count in range(layers + 1)
     )
     fitting = [one for one in everything if search.fits(problem, search.cost(problem, one))]
 
     found = search.best(problem)
 
     assert found is not None
-    assert worth(card, found) == max(worth(card, one) for one in fitting)
+    most = max(worth(card, one) for one in fitting)
+    assert worth(card, found) == most
+    # 8-bit moments are the exception, also here.
+    without = [one for one in fitting if worth(card, one) == most and one.optimizer == "adamw"]
+    assert found.optimizer == ("adamw" if without else "adamw_8bit")
+
+
+@settings(max_examples=25, deadline=None)
+@given(task=TASKS, budgets=BUDGETS)
+def test_8_bit_moments_are_for_what_is_worth_more_and_fits_in_no_other_way(task: Task, budgets: Budgets) -> None:
+    try:
+        found = plan(MEASURED, smollm2(), task, budgets)
+        plain = plan(MEASURED, smollm2(), task, budgets, Overrides(optimizer="adamw"))
+    except PlanError:
+        return
+
+    if found.optimizer == "adamw_8bit":
+        assert worth_of(found, task) > worth_of(plain, task)
+    else:
+        assert found.setting(task.target_modules) == plain.setting(task.target_modules)
+
+
+def test_a_budget_exists_in_which_only_8_bit_moments_let_a_plan_fit() -> None:
+    task = replace(TASK, target_modules=ALL)
+    fixed = Overrides(rank=16, held=16, layers_trained=30, precision="nf4", max_length=256)
+    plain = planned(GIB, task, replace(fixed, recomputed_layers=29, micro_batch=1, optimizer="adamw"))
+    found = planned(plain.predicted_peak_bytes - MIB, task, fixed)
+
+    assert found.optimizer == "adamw_8bit"
+    assert re.search(r"^AdamW needs 1 MiB more", found.reasons["optimizer"])
+    assert planned(plain.predicted_peak_bytes, task, fixed).optimizer == "adamw"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 0.99])
+def test_as_few_layers_are_recomputed_as_fit(share: float) -> None:
+    fixed = Overrides(rank=8, held=8, layers_trained=30, precision="nf4", max_length=256, micro_batch=1)
+    ends = [planned(4 * GIB, overrides=replace(fixed, recomputed_layers=count)) for count in (29, 0)]
+    least, most = (one.predicted_peak_bytes for one in ends)
+    budget = least + int(share * (most - least))
+    found = planned(budget, overrides=fixed)
+
+    assert found.gradient_checkpointing
+    assert 0 < found.recomputed_layers < 30
+    fewer = planned(4 * GIB, overrides=replace(fixed, recomputed_layers=found.recomputed_layers - 1))
+    assert found.predicted_peak_bytes <= budget < fewer.predicted_peak_bytes
+    assert f"recomputing {found.recomputed_layers - 1} layer" in found.reasons["recomputed_layers"]
+    assert "MiB more" in found.reasons["recomputed_layers"]
+    assert planned(most, overrides=fixed).recomputed_layers == 0
+
+
+def test_checkpointing_that_is_asked_for_recomputes_all_and_a_number_that_many() -> None:
+    assert planned(4 * GIB, overrides=Overrides(gradient_checkpointing=True)).recomputed_layers == 30
+    assert not planned(4 * GIB, overrides=Overrides(recomputed_layers=0)).gradient_checkpointing
+    assert planned(4 * GIB, overrides=Overrides(recomputed_layers=12)).gradient_checkpointing
 
 
 def test_unlike_devices_get_unlike_plans() -> None:
@@ -170,8 +226,8 @@ def test_every_choice_has_a_sentence(more: int) -> None:
 
 def test_the_next_step_up_is_named_with_what_it_needs() -> None:
     # One byte less than the next plan needs, so that plan is the step that the sentence is about.
-    enough = planned(4 * GIB, replace(TASK, batch_size=1), Overrides(gradient_checkpointing=True, precision="bf16"))
-    overrides = Overrides(gradient_checkpointing=True, precision="bf16")
+    overrides = Overrides(gradient_checkpointing=True, precision="bf16", optimizer="adamw")
+    enough = planned(4 * GIB, replace(TASK, batch_size=1), overrides)
     found = planned(enough.predicted_peak_bytes - 1, replace(TASK, batch_size=1), overrides)
 
     assert any(said.endswith("needs 1 MiB more") for said in found.next_better.values())
@@ -200,7 +256,8 @@ def test_a_round_that_must_be_short_gets_a_plan_that_is_fast_enough_and_says_why
     [
         ("rank", 4), ("held", 16), ("layers_trained", 7), ("precision", "nf4"), ("precision", "int8"),
         ("compute_dtype", "fp32"), ("trained_modules", ("q_proj", "v_proj")), ("max_length", 100),
-        ("micro_batch", 2), ("gradient_checkpointing", True), ("threads", 3),
+        ("micro_batch", 2), ("gradient_checkpointing", True), ("threads", 3), ("recomputed_layers", 12),
+        ("recomputed_layers", 0), ("optimizer", "adamw_8bit"), ("optimizer", "adamw"),
     ],
 )  # fmt: skip
 def test_what_somebody_insists_on_is_honoured(name: str, value: Any) -> None:
@@ -223,7 +280,8 @@ def test_fp32_weights_are_computed_with_in_fp32() -> None:
         ("rank", 32, "between 1 and 16"), ("held", 64, "between 1 and 32"), ("layers_trained", 31, "between 1 and 30"),
         ("precision", "3-bit", "nf4"), ("precision", "int3", "int8"), ("compute_dtype", "fp16", "bf16"),
         ("micro_batch", 3, "divides the batch"), ("max_length", 512, "between 1 and 256"), ("threads", 0, "at least 1"),
-        ("trained_modules", ("gate_proj",), "q_proj"),
+        ("trained_modules", ("gate_proj",), "q_proj"), ("optimizer", "sgd", "adamw_8bit"),
+        ("recomputed_layers", -1, "at least 0"), ("recomputed_layers", 31, "between 0 and 30"),
     ],
 )  # fmt: skip
 def test_a_nonsensical_override_is_refused_in_one_line(name: str, value: Any, said: str) -> None:
@@ -290,6 +348,21 @@ def test_where_quantised_weights_do_not_train_they_stay_in_the_compute_type() ->
     assert (slow.precision, slow.compute_dtype) == ("fp32", "fp32")
     with pytest.raises(ConfigError, match="the first kernel fails"):
         plan(broken, smollm2(), TASK, Budgets(4 * GIB), Overrides(precision="nf4"))
+    with pytest.raises(ConfigError, match=r"8-bit AdamW.*the first kernel fails"):
+        plan(broken, smollm2(), TASK, Budgets(4 * GIB), Overrides(optimizer="adamw_8bit"))
+    with pytest.raises(PlanError, match="MiB are missing"):
+        plan(broken, smollm2(), TASK, Budgets(500 * MIB))
+
+
+@pytest.mark.parametrize(("count", "checkpointing"), [(0, True), (3, False)])
+def test_two_overrides_that_contradict_each_other_are_refused(count: int, checkpointing: bool) -> None:
+    with pytest.raises(ConfigError, match=f"recomputed_layers {count} contradicts"):
+        Overrides(recomputed_layers=count, gradient_checkpointing=checkpointing)
+
+
+def test_more_layers_recomputed_than_trained_are_refused() -> None:
+    with pytest.raises(ConfigError, match="recomputed_layers is between 0 and 5 here; found 6"):
+        planned(4 * GIB, overrides=Overrides(layers_trained=5, recomputed_layers=6))
 
 
 def test_unmeasured_rates_leave_the_time_open_and_still_give_a_plan() -> None:

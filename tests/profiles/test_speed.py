@@ -12,7 +12,7 @@ from edge_runtime.errors import ConfigError
 from profiles.catalogue import device
 from profiles.memory import Setting
 from profiles.speed import PARTS, operations, parts, seconds_per_step, shapes
-from tests.profiles.cards import ATTENTION, smollm2
+from tests.profiles.cards import ALL, ATTENTION, smollm2
 from tests.profiles.measured import MEASURED
 
 SETTING = Setting(ATTENTION, 8, 8, 30, max_length=128)
@@ -41,12 +41,39 @@ def test_training_fewer_layers_takes_less_time() -> None:
 
 
 @given(steps=st.integers(1, 64))
-def test_accumulation_multiplies(steps: int) -> None:
-    profile = MEASURED
+def test_accumulation_multiplies_the_passes_and_not_the_update(steps: int) -> None:
+    one, many = (parts(MEASURED, smollm2(), SETTING, count) for count in (1, steps))
 
-    one = seconds_per_step(profile, smollm2(), SETTING)
+    assert many.pop("optimizer") == one.pop("optimizer") > 0
+    assert many == pytest.approx({name: steps * seconds for name, seconds in one.items()})
+    assert seconds_per_step(MEASURED, smollm2(), SETTING, steps) == sum(
+        parts(MEASURED, smollm2(), SETTING, steps).values()
+    )
 
-    assert seconds_per_step(profile, smollm2(), SETTING, steps) == pytest.approx(steps * one)
+
+@given(count=st.integers(0, 29))
+def test_each_layer_that_is_recomputed_costs_one_pass_over_it(count: int) -> None:
+    none, one, fewer, more, whole = (
+        seconds_per_step(MEASURED, smollm2(), replace(SETTING, recomputed_layers=layers))
+        for layers in (0, 1, count, count + 1, 30)
+    )
+
+    assert one > none
+    assert more - fewer == pytest.approx(one - none)
+    assert whole == seconds_per_step(MEASURED, smollm2(), SETTING)
+    assert none == seconds_per_step(MEASURED, smollm2(), replace(SETTING, gradient_checkpointing=False))
+
+
+def test_an_update_of_8_bit_moments_takes_a_tenth_of_a_second_for_millions_of_numbers() -> None:
+    """0.14 s for 4.9 million where memory moves 41.6 GB/s; the fused update of plain moments 0.006 s."""
+    profile = replace(MEASURED, memory_bandwidth_gb_s=41.6)
+    every = replace(SETTING, target_modules=ALL, rank=16, held=16)
+    plain, eight_bit = (
+        parts(profile, smollm2(), replace(every, optimizer=name))["optimizer"] for name in ("adamw", "adamw_8bit")
+    )
+
+    assert plain == pytest.approx(0.0061, rel=0.01)
+    assert eight_bit == pytest.approx(0.1375, rel=0.01)
 
 
 def test_the_products_are_at_least_two_per_weight_and_token_each_way() -> None:

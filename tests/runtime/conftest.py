@@ -17,7 +17,7 @@ FILES = {
     "good.jsonl": EXAMPLES,
     "empty.jsonl": "\n\n",
     "broken.jsonl": EXAMPLES + '{"prompt": "e", ',
-    "odd-row.jsonl": EXAMPLES + '\n{"question": "e", "answer": "f"}\n',
+    "odd-row.jsonl": EXAMPLES + '\n{"question": "e", "reply": "f"}\n',
     "no-answer.jsonl": '{"prompt": "a", "completion": ""}\n',
     "alike.jsonl": '{"prompt": "a", "completion": "b"}\n' * 3,
     "key.toml": "[rounds]\nnum_round = 3\n",

@@ -28,6 +28,9 @@ def test_a_device_that_is_too_small_hears_so_before_it_imports_torch(product: La
     [
         ("device.rank=0", "device.rank", 2),
         ("device.precision=3bit", "'nf4', 'int8', 'bf16' or 'fp32'", 2),
+        ("device.report_to=jsonl,wandd", "'wandd'; expected one of: aim, all", 2),
+        ("device.task_metrics=rouge", "expected one of: exact_match, label_accuracy, rouge_l", 2),
+        ("device.report_to=none,jsonl", "drop 'none'", 2),
         ("governor.resume_above_battery=10", "at least pause_below_battery, 30 %; found 10 %", 2),
         ("governor.pause_above_temperature=50", "at most pause_above_temperature, 50 °C; found 80 °C", 2),
     ],

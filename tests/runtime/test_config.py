@@ -52,6 +52,14 @@ def test_what_is_dumped_loads_again(written: Written, config: Config) -> None:
     assert load(written(dump(config))) == config
 
 
+@pytest.mark.parametrize("said", ["jsonl, tensorboard", "jsonl,tensorboard,", '["jsonl", "tensorboard"]'])
+def test_names_are_a_list_or_a_text_with_commas(written: Written, said: str) -> None:
+    text = said if said.startswith("[") else f'"{said}"'
+
+    assert load(None, [f"device.report_to={said}"]).device.report_to == ("jsonl", "tensorboard")
+    assert load(written(f"[device]\nreport_to = {text}")).device.report_to == ("jsonl", "tensorboard")
+
+
 toml_values = st.recursive(
     st.booleans() | st.integers(-(1 << 60), 1 << 60) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

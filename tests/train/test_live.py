@@ -31,6 +31,7 @@ from edge_runtime.train.live import (  # noqa: E402 - as above
     trainable_parameters,
     without_adapter,
 )
+from edge_runtime.train.lora_linear import LoraLinear  # noqa: E402 - as above
 from tests.train import tiny  # noqa: E402 - as above
 
 pytestmark = pytest.mark.torch
@@ -109,10 +110,11 @@ def test_what_was_read_does_not_follow_the_model(live: LiveModel) -> None:
 
 def test_only_the_layers_of_the_slot_are_touched_at_the_ranks_of_the_slot(live: LiveModel) -> None:
     found = {
-        (name, adapter): linear.out_features
-        for name, module in live.model.get_base_model().named_modules()
-        if hasattr(module, "lora_A")
-        for adapter, linear in module.lora_A.items()
+        (name, hand): factor.shape[0]
+        for name, module in live.model.named_modules()
+        if isinstance(module, LoraLinear)
+        for hand, factor in (("trained", module.a), ("held", module.held_a))
+        if factor is not None
     }
 
     assert found == {
@@ -128,7 +130,6 @@ def test_only_the_layers_of_the_slot_are_touched_at_the_ranks_of_the_slot(live: 
 
 
 def test_layer_one_is_not_taken_for_layer_eleven(tiny_base: Path) -> None:
-    """PEFT matches layers by pattern; paths that begin or end alike must keep their own ranks."""
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - after the check that it is there
 
     config = AutoConfig.from_pretrained(tiny_base, num_hidden_layers=12)
@@ -145,18 +146,17 @@ def test_trained_factors_are_float32_and_held_ones_what_was_asked_for(tiny_base:
     base = tiny.plain_model(tiny_base).to(torch.bfloat16)
     live = attach(base, tiny.MIXED, scaling=2.0, held_dtype=torch.bfloat16)
     found = {
-        adapter: linear.weight.dtype
+        hand: {factor.dtype for factor in factors if factor is not None}
         for module in live.model.modules()
-        if hasattr(module, "lora_A")
-        for factors in (module.lora_A, module.lora_B)
-        for adapter, linear in factors.items()
+        if isinstance(module, LoraLinear)
+        for hand, factors in (("trained", (module.a, module.b)), ("held", (module.held_a, module.held_b)))
+        if factors[0] is not None
     }
 
-    assert found == {"trained": torch.float32, "held": torch.bfloat16}
+    assert found == {"trained": {torch.float32}, "held": {torch.bfloat16}}
 
 
 def test_the_held_slice_stays_frozen_after_the_base_model_worked_alone(live: LiveModel) -> None:
-    """PEFT makes every active adapter trainable when it enables them again."""
     with without_adapter(live):
         pass
     trainable = {id(parameter) for parameter in trainable_parameters(live).values()}
@@ -242,8 +242,9 @@ def test_what_was_attached_can_be_taken_out_without_a_trace(tiny_base: Path, bui
 
 def test_an_adapter_cannot_be_merged_into_integers_by_mistake(tiny_base: Path) -> None:
     """Rounded into the integers it would be lost, all or most of it."""
-    live = attach(tiny.int8_model(tiny_base), tiny.MIXED, scaling=2.0)
-    load_adapter(live, tiny.random_adapter(tiny.MIXED))
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415 - after the check that it is there
+
+    model = get_peft_model(tiny.int8_model(tiny_base), LoraConfig(r=2, target_modules=["q_proj"]))
 
     with pytest.raises(RuntimeError, match="can't be cast"):
-        live.model.merge_and_unload()
+        model.merge_and_unload()

@@ -83,8 +83,9 @@ class Device:
         return self.trainer.train(TRAINING, 1, stepped, lambda: False)
 
     def leave_the_way_to_the_plan(self) -> None:
-        """From now on the plan may cut a batch as it likes."""
-        self.trainer._settings = replace(self.trainer._settings, owner=Owner(overrides=FIXED))
+        """From now on the plan may cut a batch as it likes; no layer is recomputed instead."""
+        cut = replace(FIXED, gradient_checkpointing=False)
+        self.trainer._settings = replace(self.trainer._settings, owner=Owner(overrides=cut))
 
 
 def test_a_step_down_that_trains_the_same_slice_goes_on_with_the_model_that_is_loaded(settings: LocalSettings) -> None:
@@ -112,6 +113,51 @@ def test_a_step_down_that_trains_the_same_slice_goes_on_with_the_model_that_is_l
         # Equal but for the order in which a batch's gradients are summed.
         np.testing.assert_allclose(result.change[name].product(), pair.product(), rtol=1e-2, atol=1e-5)
     assert (result.examples, result.loss_first) == (plain.examples, pytest.approx(plain.loss_first, rel=1e-5))
+
+
+def test_a_step_down_to_more_layers_recomputed_loses_neither_model_nor_bit(settings: LocalSettings) -> None:
+    """The micro-batch is given; then fewer activations kept are all that can give way."""
+    fixed = replace(FIXED, micro_batch=32, optimizer="adamw")
+    free = replace(settings, owner=Owner(overrides=fixed))
+    plain = Device(free).train()
+    device = Device(free)
+    live, before = device.trainer.ready.live, device.trainer.ready.plan
+
+    def fail(report: StepReport) -> None:
+        if report.step == 2:
+            raise DeviceMemoryError("memory ran out")
+
+    with pytest.raises(DeviceMemoryError):
+        device.train(fail)
+    device.introduce(device.plans[0] - 1)
+    result = device.train()
+
+    assert device.trainer.ready.live is live
+    assert (before.recomputed_layers, device.trainer.ready.plan.recomputed_layers) == (0, 1)
+    assert [report.step for report in device.steps] == [1, 2, 3, 4]
+    assert result.change.digest() == plain.change.digest()
+
+
+def test_another_optimiser_keeps_the_model_and_begins_the_round_anew(settings: LocalSettings) -> None:
+    """Moments of another kind."""
+    device = Device(settings)
+    live = device.trainer.ready.live
+
+    def fail(report: StepReport) -> None:
+        raise DeviceMemoryError("memory ran out")
+
+    with pytest.raises(DeviceMemoryError):
+        device.train(fail)
+    eight_bit = Owner(overrides=replace(WHOLE, optimizer="adamw_8bit"))
+    device.trainer._settings = replace(device.trainer._settings, owner=eight_bit)
+    device.introduce(device.plans[0] + 1)
+    device.steps.clear()
+    result = device.train()
+
+    assert device.trainer.ready.live is live
+    assert device.trainer.ready.plan.optimizer == "adamw_8bit"
+    assert [report.step for report in device.steps] == [1, 2, 3, 4]
+    assert result.change.digest() == Device(replace(settings, owner=eight_bit)).train().change.digest()
 
 
 def test_an_interrupted_round_goes_on_bit_for_bit_with_the_plan_it_had(settings: LocalSettings) -> None:

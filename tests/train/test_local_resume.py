@@ -166,7 +166,7 @@ def run(settings: LocalSettings, kill_after: int | None, delay: float) -> Run:
 def test_kill_9_at_any_moment_costs_an_interval_and_no_bit(
     settings: LocalSettings, tmp_path: Path, precision: Any, optimizer: str, seed: int
 ) -> None:
-    chosen = replace(settings, owner=Owner(overrides=replace(PLANNED, precision=precision)), optimizer=optimizer)
+    chosen = replace(settings, owner=Owner(overrides=replace(PLANNED, precision=precision, optimizer=optimizer)))
     whole = Device(chosen, LONG)
     expected = whole.train()
     losses = {report.step: report.loss.hex() for report in whole.steps}
@@ -227,7 +227,7 @@ def test_the_state_of_another_round_plan_or_data_set_is_told_about_and_ignored(
     if change == "precision":
         kept = replace(kept, owner=Owner(overrides=replace(PLANNED, precision="int8")))
     if change == "optimizer":
-        kept = replace(kept, optimizer="adamw_8bit")
+        kept = replace(kept, owner=Owner(overrides=replace(PLANNED, optimizer="adamw_8bit")))
     other = Device(kept, training)
     if change == "adapter":
         other.receive(random_adapter(other.trainer.ready.slot, 1, 0.05))

@@ -155,10 +155,17 @@ def test_checkpointing_changes_memory_not_the_step(live: LiveModel) -> None:
     assert recomputed.gradient_norm == pytest.approx(plain.gradient_norm, rel=1e-5)
 
 
+@pytest.mark.parametrize("recomputed", [0, 1, 2, None])
+def test_how_many_layers_are_recomputed_does_not_change_a_byte(live: LiveModel, recomputed: int | None) -> None:
+    task = dataclasses.replace(TASK, gradient_checkpointing=True, recomputed_layers=recomputed)
+
+    assert trained_digest(live, task) == trained_digest(live)
+
+
 def test_checkpointing_recomputes_no_layer_below_the_first_trained_one(live: LiveModel) -> None:
     """Layer 0 is only held, layers 1 and 2 are trained."""
     runs: Counter[int] = Counter()
-    layers = live.model.get_base_model().model.layers
+    layers = live.model.model.layers
     hooks = [
         layer.mlp.register_forward_pre_hook(lambda *_, index=index: runs.update([index]))
         for index, layer in enumerate(layers)
@@ -201,7 +208,7 @@ def test_training_after_an_evaluation_still_has_gradients_on_4_bit_weights(tiny_
 
 def test_a_parameter_without_a_gradient_is_an_error_not_a_round_without_effect(tiny_base: Path) -> None:
     live = attach(tiny.plain_model(tiny_base), tiny.MIXED, scaling=2.0)
-    layers = live.model.get_base_model().model.layers
+    layers = live.model.model.layers
     layers[2].register_forward_hook(lambda _module, _inputs, output: output.detach().requires_grad_(True))
 
     with pytest.raises(RoundError, match="expected a gradient for each of 8 parameters"):
@@ -256,7 +263,7 @@ def test_a_round_leaves_the_model_as_it_found_it_but_for_the_slice(live: LiveMod
     train_round(live, EXAMPLES, dataclasses.replace(TASK, gradient_checkpointing=True))
 
     assert not live.model.training
-    assert not live.model.get_base_model().is_gradient_checkpointing
+    assert not live.model.is_gradient_checkpointing
     assert all(parameter.grad is None for parameter in live.model.parameters())
 
 
@@ -324,6 +331,7 @@ def test_moments_of_an_earlier_round_change_the_next_one(live: LiveModel) -> Non
         {"max_grad_norm": -1.0},
         {"optimizer": "adam"},
         {"lora_plus_ratio": 0.5},
+        {"recomputed_layers": -1},
     ],
 )
 def test_a_task_that_cannot_be_done_is_refused(wrong: dict[str, Any]) -> None:

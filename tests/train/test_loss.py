@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,6 +18,7 @@ pytest.importorskip("peft")
 from torch.nn import functional  # noqa: E402 - after the check that torch is there
 
 from edge_runtime.errors import BaseModelError  # noqa: E402 - as above
+from edge_runtime.train import loss  # noqa: E402 - as above
 from edge_runtime.train.batches import collate  # noqa: E402 - as above
 from edge_runtime.train.data import IGNORED, Tokenised  # noqa: E402 - as above
 from edge_runtime.train.loss import chunk_tokens, chunked_cross_entropy, completion_loss  # noqa: E402 - as above
@@ -70,6 +75,69 @@ def test_no_token_at_all_is_a_loss_of_zero_that_can_be_differentiated() -> None:
     assert float(loss.detach()) == 0.0
     assert hidden.grad is not None
     assert hidden.grad.shape == (0, 16)
+
+
+@pytest.fixture
+def liger(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """A stand-in for Liger's module, by the arguments that its releases 0.5 to 0.8 share; the calls that it got."""
+    calls: list[Any] = []
+
+    def fused(hidden: Any, weight: Any, target: Any, bias: Any = None, *, reduction: str = "mean") -> Any:
+        calls.append((hidden.dtype, weight.requires_grad))
+        return functional.cross_entropy(functional.linear(hidden, weight, bias), target, reduction=reduction)
+
+    module = ModuleType("liger_kernel.transformers.functional")
+    vars(module)["liger_fused_linear_cross_entropy"] = fused
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    loss._liger.cache_clear()
+    yield calls
+    loss._liger.cache_clear()
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_liger_is_used_where_it_is_installed_and_takes_the_device(
+    liger: list[Any], monkeypatch: pytest.MonkeyPatch, biased: bool
+) -> None:
+    """Here the CPU stands for CUDA."""
+    torch.manual_seed(0)
+    hidden = torch.randn(10, 16, dtype=torch.bfloat16, requires_grad=True)
+    weight, labels = torch.randn(50, 16), torch.randint(0, 50, (10,))
+    bias = torch.randn(50) if biased else None
+    ours = chunked_cross_entropy(hidden, weight, labels, bias=bias)
+    (expected,) = torch.autograd.grad(ours, hidden)
+    assert liger == []
+
+    monkeypatch.setitem(loss.FUSED, "cpu", loss._liger)
+    theirs = chunked_cross_entropy(hidden, weight, labels, bias=bias)
+    (found,) = torch.autograd.grad(theirs, hidden)
+
+    assert liger == [(torch.float32, False)]
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(("tokens", "dtype", "chunk"), [(0, "float32", None), (3, "float64", None), (3, "float32", 2)])
+def test_what_liger_cannot_do_is_ours(
+    liger: list[Any], monkeypatch: pytest.MonkeyPatch, tokens: int, dtype: str, chunk: int | None
+) -> None:
+    monkeypatch.setitem(loss.FUSED, "cpu", loss._liger)
+    exact = getattr(torch, dtype)
+    hidden, labels = torch.zeros(tokens, 16, dtype=exact), torch.zeros(tokens, dtype=torch.int64)
+    chunked_cross_entropy(hidden, torch.randn(50, 16, dtype=exact), labels, chunk=chunk)
+
+    assert liger == []
+
+
+def test_without_liger_the_loss_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    loss._liger.cache_clear()
+    monkeypatch.setitem(loss.FUSED, "cpu", loss._liger)
+    found = chunked_cross_entropy(torch.zeros(3, 16), torch.zeros(50, 16), torch.zeros(3, dtype=torch.int64))
+    loss._liger.cache_clear()
+
+    assert float(found) == pytest.approx(3 * math.log(50))
 
 
 def test_the_logits_of_the_whole_batch_never_exist() -> None:

@@ -1,0 +1,149 @@
+"""A frozen linear layer with low-rank directions beside it, and a backward pass that keeps nothing but the input.
+
+    y = x Wᵀ + bias + s (x A_hᵀ) B_hᵀ + s (x Aᵀ) Bᵀ
+
+W is opened from whatever it is kept in, forward and backward, and never kept. (A_h, B_h) are held and frozen; (A, B)
+are trained in float32. In the backward pass x Aᵀ is computed again: it costs a thin product, and keeping it would cost
+as many numbers per token as the rank. The input is one tensor for all layers that read it (q, k and v; gate and up), so
+it is kept once for all of them.
+
+Source of the recomputation: MeSP, arXiv 2602.13069, section 3. Differs from the paper: autograd drives the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from profiles.light_import import light_import
+
+Opened = tuple[torch.Tensor, torch.Tensor | None]
+"""A weight (d_out, d_in) in the precision asked for, and what its rows are to be multiplied by, or None for 1."""
+
+
+def _open_plain(layer: Any, dtype: torch.dtype) -> Opened:
+    return layer.weight.to(dtype), None
+
+
+def _open_int8(layer: Any, dtype: torch.dtype) -> Opened:
+    return layer.weight.to(dtype), layer.scale.to(dtype)
+
+
+def _open_4bit(layer: Any, dtype: torch.dtype) -> Opened:
+    dequantise = light_import("bitsandbytes.functional").dequantize_4bit
+    return dequantise(layer.weight.data, layer.weight.quant_state).to(dtype), None
+
+
+# By name, so that a plain model does not pay for importing bitsandbytes.
+OPENERS: dict[str, Callable[[Any, torch.dtype], Opened]] = {"Linear4bit": _open_4bit, "Int8Linear": _open_int8}
+
+
+def opener_of(layer: Any) -> Callable[[Any, torch.dtype], Opened]:
+    """How the weight of a layer is opened: by the name of its class, and plainly where the table does not name it."""
+    return OPENERS.get(type(layer).__name__, _open_plain)
+
+
+# torch offers no other way to state a gradient than this subclass.
+class _AdaptedProduct(torch.autograd.Function):
+    """The product above; gradients of x, A and B."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0913, PLR0917 - autograd passes tensors one by one, or does not see them
+        ctx: Any,
+        x: torch.Tensor,
+        a: torch.Tensor | None,
+        b: torch.Tensor | None,
+        held_a: torch.Tensor | None,
+        held_b: torch.Tensor | None,
+        layer: Any,
+        scaling: float,
+    ) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        weight, scale = opener_of(layer)(layer, x.dtype)
+        bias = layer.bias
+        if scale is None:
+            y = functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
+        else:
+            y = functional.linear(rows, weight).mul_(scale)
+            if bias is not None:
+                y += bias.to(x.dtype)
+        del weight
+        for down, up in ((held_a, held_b), (a, b)):
+            if down is not None and up is not None:
+                y.addmm_(rows @ down.to(x.dtype).T, up.to(x.dtype).T, alpha=scaling)
+        # What only the gradients of A and B need is kept only for them.
+        ctx.save_for_backward(x if a is not None and a.requires_grad else None, a, b, held_a, held_b)
+        ctx.layer, ctx.scaling = layer, scaling
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, a, b, held_a, held_b = ctx.saved_tensors
+        dtype = gradients[0].dtype
+        g = gradients[0].reshape(-1, gradients[0].shape[-1])
+        dx = da = db = None
+        if ctx.needs_input_grad[0]:
+            weight, scale = opener_of(ctx.layer)(ctx.layer, dtype)
+            dx = (g if scale is None else g * scale) @ weight
+            del weight
+            if held_a is not None:
+                dx.addmm_(g @ held_b.to(dtype), held_a.to(dtype), alpha=ctx.scaling)
+        if a is not None:
+            inner = (g @ b.to(dtype)).mul_(ctx.scaling)
+            narrow = a.to(dtype)
+            if dx is not None:
+                dx.addmm_(inner, narrow)
+            if x is not None:
+                rows = x.reshape(-1, x.shape[-1])
+                da = (inner.T @ rows).to(a.dtype)
+                db = (g.T @ (rows @ narrow.T)).to(b.dtype).mul_(ctx.scaling)
+        if dx is not None:
+            dx = dx.view(*gradients[0].shape[:-1], dx.shape[-1])
+        return dx, da, db, None, None, None, None
+
+
+class LoraLinear(torch.nn.Module):
+    """A frozen linear layer of any kind that `OPENERS` knows, with directions that are trained and directions held.
+
+    Attributes:
+        base: the layer as it was.
+        scaling: lora_alpha / r.
+        a, b: (r, d_in) and (d_out, r), float32, trained; None where nothing is.
+        held_a, held_b: the same, frozen, any floating precision.
+        enabled: False while the base shall compute alone.
+    """
+
+    def __init__(self, base: Any, *, trained: int, held: int, scaling: float, held_dtype: torch.dtype) -> None:
+        """Beside `base`, as many directions trained and held; all of no effect until they are written."""
+        super().__init__()
+        self.base, self.scaling, self.enabled = base, scaling, True
+        self.in_features, self.out_features = int(base.in_features), int(base.out_features)
+        device = base.weight.device
+
+        def zeros(rows: int, columns: int, dtype: torch.dtype) -> torch.nn.Parameter | None:
+            if not rows or not columns:
+                return None
+            return torch.nn.Parameter(torch.zeros(rows, columns, dtype=dtype, device=device), requires_grad=False)
+
+        self.a, self.b = (
+            zeros(trained, self.in_features, torch.float32),
+            zeros(self.out_features, trained, torch.float32),
+        )
+        self.held_a, self.held_b = zeros(held, self.in_features, held_dtype), zeros(self.out_features, held, held_dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's weight, as it is kept: whoever asks a layer where it lives asks its weight."""
+        weight: torch.Tensor = self.base.weight
+        return weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, d_in) → (…, d_out), in the precision of `x`."""
+        a, b, held_a, held_b = (self.a, self.b, self.held_a, self.held_b) if self.enabled else (None,) * 4
+        y: torch.Tensor = _AdaptedProduct.apply(x, a, b, held_a, held_b, self.base, self.scaling)  # type: ignore[no-untyped-call]
+        return y

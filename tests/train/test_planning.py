@@ -1,0 +1,58 @@
+"""A plan in words, and what an owner's section makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from edge_runtime.config import Device
+from edge_runtime.train.planning import choose, in_words, owner_of
+from edge_runtime.trainer import AdapterSpec, Training
+from profiles.memory import TRAINED_BYTES
+from profiles.terms import Overrides
+from tests.profiles.cards import ATTENTION, smollm2
+from tests.profiles.measured import MEASURED
+
+SPEC = AdapterSpec(
+    family="lora", target_modules=ATTENTION, scaling=2.0, max_rank=8, max_held=16, hold_more=True, max_length=256
+)
+TRAINING = Training(
+    max_steps=3, learning_rate=5e-3, batch_size=2, warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, seed=7
+)
+
+
+def words(**chosen: Any) -> str:
+    owner = owner_of(Device(**chosen))
+    return in_words(choose(MEASURED, smollm2(), SPEC, TRAINING, owner, None), smollm2(), SPEC)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ({"recomputed_layers": 12}, "tokens, checkpointing 12 of 30 layers, ≤"),
+        ({"recomputed_layers": 3, "layers_trained": 5}, "tokens, checkpointing 3 of 5 layers, ≤"),
+        ({"gradient_checkpointing": True}, "tokens, checkpointing, ≤"),
+        ({"recomputed_layers": 0}, "tokens, ≤"),
+        ({"gradient_checkpointing": True, "optimizer": "adamw_8bit"}, "tokens, checkpointing, 8-bit AdamW, ≤"),
+        ({}, "tokens, ≤"),
+    ],
+)
+def test_checkpointing_and_the_optimiser_are_said(chosen: dict[str, Any], said: str) -> None:
+    assert said in words(**chosen)
+
+
+def test_an_owner_may_insist_on_every_choice_of_a_plan() -> None:
+    assert {entry.name for entry in fields(Overrides)} <= set(Device.model_fields)
+
+
+@pytest.mark.torch
+def test_the_plan_and_the_loop_know_the_same_optimisers() -> None:
+    pytest.importorskip("torch")
+    from edge_runtime.train import optimizer  # noqa: PLC0415 - after the check that torch is there
+    from profiles import explain, memory, speed  # noqa: PLC0415 - as above
+
+    known = list(optimizer.OPTIMIZERS)
+    assert known == list(TRAINED_BYTES) == list(speed.UPDATE_BYTES) == list(explain.OPTIMIZERS)
+    assert memory.LEAST_8BIT == optimizer.LEAST_8BIT
