@@ -39,6 +39,7 @@ class Run:
         threads: of torch.
         evaluate: held-out examples whose loss is taken afterwards, after memory and time were.
         optimizer: of ours.
+        recomputed_layers: of ours, in the backward pass; the others keep their activations. None for all of them.
         full: examples of exactly `length` tokens, each a cut of several; unequal ones otherwise.
     """
 
@@ -55,6 +56,7 @@ class Run:
     evaluate: int = 0
     full: bool = False
     optimizer: str = "adamw"
+    recomputed_layers: int | None = None
 
     def to_json(self) -> str:
         """What `main` reads."""
@@ -99,6 +101,7 @@ def _ours(run: Run) -> dict[str, Any]:
     task = loop.LocalTask(
         steps=run.steps, learning_rate=RATE, gradient_accumulation_steps=run.batch, schedule="constant",
         gradient_checkpointing=True, pack_tokens=run.pack_tokens, optimizer=run.optimizer,
+        recomputed_layers=run.recomputed_layers,
     )  # fmt: skip
     times, losses = [time.perf_counter()], []
 
