@@ -6,9 +6,6 @@ memory than its weights need.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +15,7 @@ from edge_runtime import config
 from edge_runtime.errors import BaseModelError, missing_extra
 from edge_runtime.train import eight_bit, heap, prepared
 from edge_runtime.train.convert import convert, precision_named
+from edge_runtime.train.exclusive import exclusive, remove
 from edge_runtime.train.quiet import quiet
 from edge_runtime.train.source import Source, fingerprint, resolve
 from profiles.light_import import light_import
@@ -105,7 +103,9 @@ def prepare(
     found = PreparedBase(folder, digest, precision, source.label)
     if folder.is_dir() and not _fault(found):
         return found
-    with _lock(folder, say):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_name(f"{folder.name}.lock")
+    with exclusive(lock, f"another process is converting this base; waiting for {folder}", say):
         # Another process may have finished while this one waited.
         fault = _fault(found) if folder.is_dir() else ""
         if folder.is_dir() and not fault:
@@ -233,32 +233,12 @@ def _fault(base: PreparedBase) -> str:
 def _convert_into(base: PreparedBase, source: Source, memory_bytes: int | None) -> None:
     """Convert beside the final folder and put it in place in one step; the lock must be held."""
     partial = base.folder.with_name(f"{base.folder.name}.part")
-    _remove(partial)
+    remove(partial)
     partial.mkdir(parents=True)
     try:
         convert(source, partial, base.precision, memory_bytes=memory_bytes)
         prepared.seal(partial, fingerprint=base.fingerprint, precision=base.precision, label=base.label)
-        _remove(base.folder)
+        remove(base.folder)
         partial.replace(base.folder)
     finally:
-        _remove(partial)
-
-
-def _remove(folder: Path) -> None:
-    if folder.is_dir():
-        shutil.rmtree(folder)
-    else:
-        folder.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _lock(folder: Path, say: Say) -> Iterator[None]:
-    """One converter at a time, over all processes; the kernel frees the lock of one that dies."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f"{folder.name}.lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"another process is converting this base; waiting for {folder}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        remove(partial)

@@ -8,15 +8,12 @@ final place and renamed; it is read whole once, for its digest, when it is opene
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import re
-import shutil
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -26,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge_runtime.errors import DataError, unknown_name
 from edge_runtime.train.data import TokenisedSet, Tokenizer, cut, tokenise_whole
+from edge_runtime.train.exclusive import exclusive, remove
 from edge_runtime.train.flat_tokens import FlatTokens, encode
 from edge_runtime.train.rows import Example, short
 from edge_runtime.train.vocabulary import fingerprint
@@ -209,7 +207,7 @@ def _kept(wish: _Wish, cache: Path, say: Say) -> TokenisedSet:
     key = wish.key()
     folder = cache / key
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)  # tokens are as private as the examples they were made of
-    with _lock(cache, say):
+    with exclusive(cache / "lock", f"another process is at work in {cache}; waiting for it", say):
         if folder.exists():
             try:
                 return _opened(folder, wish)
@@ -226,7 +224,7 @@ def _kept(wish: _Wish, cache: Path, say: Say) -> TokenisedSet:
 def _make(folder: Path, key: str, wish: _Wish) -> None:
     """Write a set beside its place, then put it there in one step; the lock must be held."""
     partial = folder.with_name(f"{folder.name}.part")
-    _remove(partial)
+    remove(partial)
     partial.mkdir(mode=0o700)
     try:
         with (partial / _TOKENS).open("wb") as file:
@@ -252,11 +250,11 @@ def _make(folder: Path, key: str, wish: _Wish) -> None:
             file.write(f"{body}\n{hashlib.sha256(body.encode()).hexdigest()}\n".encode())
             _flush(file)
         _flush_folder(partial)
-        _remove(folder)
+        remove(folder)
         partial.replace(folder)
         _flush_folder(folder.parent)
     finally:
-        _remove(partial)
+        remove(partial)
 
 
 def _prune(cache: Path, newest: Path) -> None:
@@ -264,7 +262,7 @@ def _prune(cache: Path, newest: Path) -> None:
     sets = [path for path in cache.iterdir() if re.fullmatch(r"[0-9a-f]{64}", path.name) and path != newest]
     sets.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
     for path in sets[KEPT - 1 :]:
-        _remove(path)
+        remove(path)
 
 
 # --- opening ----------------------------------------
@@ -339,22 +337,3 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _remove(folder: Path) -> None:
-    if folder.is_dir():
-        shutil.rmtree(folder)
-    else:
-        folder.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _lock(cache: Path, say: Say) -> Iterator[None]:
-    """One process at a time makes, opens or removes sets; the kernel frees the lock of one that dies."""
-    with (cache / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"another process is at work in {cache}; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
