@@ -53,6 +53,7 @@ class Case:
     compute: str = "bf16"
     recomputed: int | None = None
     optimizer: str = "adamw"
+    products: str | None = None
 
     def setting(self, card: ModelCard) -> Setting:
         """As the planner writes it."""
@@ -60,6 +61,7 @@ class Case:
             target_modules=self.targets, rank=self.rank, held=self.held, layers_trained=self.layers or card.num_layers,
             precision=self.precision, compute_dtype=self.compute, micro_batch=self.micro_batch, max_length=self.length,
             gradient_checkpointing=self.checkpointing, recomputed_layers=self.recomputed, optimizer=self.optimizer,
+            product_dtype=self.products,
         )  # fmt: skip
 
 
@@ -81,11 +83,15 @@ CASES = (
     Case("smollm2", "bf16", 8, 16, 256, 4),
     Case("smollm2", "bf16", 16, 32, 128, 2, checkpointing=False),
     Case("smollm2", "fp32", 8, 16, 256, 1, checkpointing=False, compute="fp32"),
+    Case("smollm2", "nf4", 16, 16, 256, 2, targets=EVERY, recomputed=24, products="fp32"),
+    Case("smollm2", "bf16", 8, 16, 256, 2, products="fp32"),
+    Case("smollm2", "fp16", 8, 16, 128, 4, products="fp32"),
     Case("llama-0.36b", "nf4", 8, 32, 128, 2, layers=8),
     Case("llama-0.36b", "int8", 16, 16, 256, 1),
     Case("llama-0.36b", "bf16", 8, 16, 128, 1, checkpointing=False),
     Case("qwen-0.5b", "nf4", 4, 32, 256, 1, layers=6, checkpointing=False),
     Case("qwen-0.5b", "int8", 8, 16, 128, 2),
+    Case("qwen-0.5b", "int8", 8, 16, 256, 1, products="fp32"),
     Case("qwen-0.5b", "bf16", 8, 8, 128, 1, targets=EVERY),
     Case("qwen-0.5b", "nf4", 8, 16, 512, 1),
 )
@@ -138,9 +144,10 @@ def name_of(case: Case) -> str:
     layers = f"last {case.layers} layers" if case.layers else "all layers"
     checkpointing = ", checkpointing" if case.checkpointing else ""
     recomputed = f" of {case.recomputed} layers" if case.recomputed is not None else ""
+    types = f"{case.compute}, {case.products} products" if case.products else case.compute
     optimizer = f", {case.optimizer}" if case.optimizer != "adamw" else ""
     return (
-        f"{case.base}, {case.precision} ({case.compute}), rank {case.rank} of {case.held}, {layers}, "
+        f"{case.base}, {case.precision} ({types}), rank {case.rank} of {case.held}, {layers}, "
         f"{len(case.targets)} modules, {case.micro_batch} x {case.length} tokens{checkpointing}{recomputed}{optimizer}"
     )
 

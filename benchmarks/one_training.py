@@ -104,7 +104,7 @@ def _train(job: Job) -> tuple[int, list[float]]:
     torch.set_num_threads(job.threads)
     torch.manual_seed(0)
     prepared = prepare(job.base, precision=setting.precision, cache=Path(job.cache))
-    base = load(prepared, compute_dtype="bf16" if setting.compute_dtype == "bf16" else "fp32", device=job.device)
+    base = load(prepared, compute_dtype=setting.compute_dtype, product_dtype=setting.product_dtype, device=job.device)
     rows = [data.Example(messages=tuple(turns)) for turns in _conversations(setting.max_length, equal=job.equal)]
     tokens = data.tokenise_all(rows, base.tokenizer, setting.max_length).examples
     slot = Slot({name: LayerSlot(*layer) for name, layer in layers(setting, card_from_config(prepared.folder)).items()})

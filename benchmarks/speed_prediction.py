@@ -45,6 +45,9 @@ CASES = (
     Case("qwen-0.5b", "nf4", 8, 16, 128, 1, layers=6, checkpointing=False),
     Case("qwen-0.5b", "int8", 8, 16, 256, 1),
     Case("smollm2", "nf4", 2, 2, 64, 1, layers=1),
+    Case("smollm2", "nf4", 16, 16, 256, 2, targets=EVERY, recomputed=24, products="fp32"),
+    Case("llama-0.36b", "int8", 8, 16, 128, 2, products="fp32"),
+    Case("qwen-0.5b", "bf16", 8, 16, 128, 1, layers=6, products="fp32"),
 )
 QUICK = CASES[:3]
 

@@ -37,6 +37,8 @@ class Run:
         micro_batch: examples that the stock stack passes at once.
         pack_tokens: tokens that this runtime passes at once.
         threads: of torch.
+        products: type in which linear layers multiply: of ours, over bfloat16 activations; of the stock stack, whose
+            activations then have it too.
         evaluate: held-out examples whose loss is taken afterwards, after memory and time were.
         optimizer: of ours.
         recomputed_layers: of ours, in the backward pass; the others keep their activations. None for all of them.
@@ -53,6 +55,7 @@ class Run:
     micro_batch: int = 1
     pack_tokens: int = 512
     threads: int = 2
+    products: str = "bf16"
     evaluate: int = 0
     full: bool = False
     optimizer: str = "adamw"
@@ -135,10 +138,13 @@ def _stock(run: Run) -> dict[str, Any]:
     torch.set_num_threads(run.threads)
     folder = prepare("smollm2", precision="nf4", cache=Path(run.cache)).folder
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cpu")
-    for layer in base.modules():  # without this, bitsandbytes loses the gradients on some processors
+    kind = torch.bfloat16 if run.products == "bf16" else torch.float32
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, device_map="cpu")
+    for layer in base.modules():
         if type(layer).__name__ == "Linear4bit":
-            layer.support_avx512bf16_for_cpu = False
+            layer.support_avx512bf16_for_cpu = False  # or bitsandbytes loses the gradients on some processors
+            layer.compute_dtype, layer.compute_type_is_set = kind, True
+            layer.weight.quant_state.dtype = kind
     base.config.use_cache = False
     base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=True)
     config = LoraConfig(r=run.rank, lora_alpha=SCALING * run.rank, target_modules=list(EVERY), task_type="CAUSAL_LM")
@@ -161,7 +167,7 @@ def _stock(run: Run) -> dict[str, Any]:
         output_dir=str(Path(run.cache) / "stock"), max_steps=run.steps, per_device_train_batch_size=run.micro_batch,
         gradient_accumulation_steps=run.batch // run.micro_batch, learning_rate=RATE, lr_scheduler_type="constant",
         warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, logging_steps=1, save_strategy="no", report_to=[],
-        use_cpu=True, bf16=True, gradient_checkpointing=True, disable_tqdm=True, seed=0,
+        use_cpu=True, bf16=run.products == "bf16", gradient_checkpointing=True, disable_tqdm=True, seed=0,
         gradient_checkpointing_kwargs={"use_reentrant": False}, dataloader_pin_memory=False,
         remove_unused_columns=False,
     )  # fmt: skip
@@ -173,7 +179,7 @@ def _stock(run: Run) -> dict[str, Any]:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     found = _found(run, [[len(examples[index].input_ids) for index in step] for step in order], times, losses)
     if run.evaluate:
-        found["held_out"] = _stock_loss(model, held_out)
+        found["held_out"] = _stock_loss(model, held_out, run)
     return found
 
 
@@ -211,7 +217,7 @@ def _prepare(run: Run) -> dict[str, Any]:
 
 
 def _rate(run: Run) -> dict[str, Any]:
-    """GFLOP/s of bfloat16 products at the model's own shapes, as many tokens as pass at once."""
+    """GFLOP/s of products of both types at the model's own shapes, as many tokens as pass at once."""
     import torch  # noqa: PLC0415 - only here
 
     from profiles.find_card import find_card  # noqa: PLC0415 - as above
@@ -220,7 +226,7 @@ def _rate(run: Run) -> dict[str, Any]:
 
     torch.set_num_threads(run.threads)
     rates = gemm(torch, "cpu", shapes(find_card("smollm2"), run.pack_tokens), "")
-    return {"gflops": rates["gemm_bf16_gflops"].value}
+    return {kind: rates[f"gemm_{kind}_gflops"].value for kind in ("bf16", "fp32")}
 
 
 KINDS: Mapping[str, Callable[[Run], dict[str, Any]]] = {
@@ -236,7 +242,8 @@ KINDS: Mapping[str, Callable[[Run], dict[str, Any]]] = {
 def _loaded(run: Run) -> Any:
     from edge_runtime.train.base import load, prepare  # noqa: PLC0415 - inside what is measured
 
-    return load(prepare("smollm2", precision="nf4", cache=Path(run.cache)), compute_dtype="bf16")
+    found = prepare("smollm2", precision="nf4", cache=Path(run.cache))
+    return load(found, compute_dtype="bf16", product_dtype=run.products)
 
 
 def _slot(model: Any, rank: int) -> Any:
@@ -335,13 +342,13 @@ def _row(example: Any) -> dict[str, list[int]]:
     }
 
 
-def _stock_loss(model: Any, held_out: Sequence[Any]) -> float:
+def _stock_loss(model: Any, held_out: Sequence[Any], run: Run) -> float:
     """Mean loss of the completion tokens, one example at a time, by the model's own loss."""
     import torch  # noqa: PLC0415 - inside what is measured
 
     total, count = 0.0, 0
     model.train()  # adapters without dropout, no layer changes: bitsandbytes' evaluation kernels would
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=run.products == "bf16"):
         for example in held_out:
             row = {name: torch.tensor([values]) for name, values in _row(example).items()}
             total += float(model(**row).loss) * example.learned

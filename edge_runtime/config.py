@@ -160,9 +160,12 @@ class Device(Section):
     """The last so many layers are trained."""
     trained_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Those of `adapter.target_modules` that this device trains; it holds all."""
-    precision: Literal["nf4", "int8", "bf16", "fp32"] | None = None
+    precision: Literal["nf4", "int8", "bf16", "fp16", "fp32"] | None = None
     """Of the base's linear weights."""
     compute_dtype: Literal["bf16", "fp32"] | None = None
+    """Of activations."""
+    product_dtype: Literal["bf16", "fp32"] | None = None
+    """In which linear layers multiply; what was measured to be faster, when absent."""
     micro_batch: Positive | None = None
     """Examples that pass through the model at once."""
     gradient_checkpointing: bool | None = None

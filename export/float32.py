@@ -32,6 +32,8 @@ def in_float32(model: torch.nn.Module) -> Iterator[None]:
     head = model.get_output_embeddings()  # type: ignore[operator]  # transformers' models and PEFT's have it
     with ExitStack() as stack:
         for name, module in model.named_modules():
+            if getattr(module, "product_dtype", None) is not None:
+                stack.enter_context(_multiplying_in_float32(module))
             if type(module).__name__ == "Linear4bit" and hasattr(module, "compute_dtype"):
                 stack.enter_context(_opened_as_float32(module))
             elif module is head and _is_narrow(module):
@@ -78,6 +80,16 @@ def _opened_as_float32(layer: Any) -> Iterator[None]:
         yield
     finally:
         layer.compute_dtype, state.dtype = before
+
+
+@contextmanager
+def _multiplying_in_float32(layer: Any) -> Iterator[None]:
+    before = layer.product_dtype
+    layer.product_dtype = torch.float32
+    try:
+        yield
+    finally:
+        layer.product_dtype = before
 
 
 @contextmanager

@@ -47,7 +47,8 @@ def reasons(problem: Problem, setting: Setting, overrides: Overrides) -> dict[st
     learnt["precision"] = better.get("precision") or lossless.get(setting.precision) or _works(profile, setting)
     said = {
         **learnt,
-        "compute_dtype": _explained(profile, "bf16_is_fast"),
+        "compute_dtype": _why_narrow(profile, setting),
+        "product_dtype": _why_products(problem, setting),
         "micro_batch": _why_this_way(problem, setting, "micro_batch"),
         "gradient_accumulation_steps": f"makes a batch of {task.batch_size} sequences",
         "gradient_checkpointing": _why_this_way(problem, setting, "gradient_checkpointing"),
@@ -164,11 +165,20 @@ def _other_optimizers(problem: Problem, setting: Setting) -> Iterator[Setting]:
             yield same[0] if same else min(possible, key=lambda pair: pair[1].memory)[0]
 
 
+def _other_products(problem: Problem, setting: Setting) -> Iterator[Setting]:
+    """The other type at the micro-batch chosen."""
+    same = (way for way in ways(problem, setting) if way.optimizer == setting.optimizer)
+    return (
+        way for way in same if way.micro_batch == setting.micro_batch and way.product_dtype != setting.product_dtype
+    )
+
+
 _OTHER_WAYS: Mapping[str, Callable[[Problem, Setting], Iterator[Setting]]] = {
     "micro_batch": _other_micro_batches,
     "gradient_checkpointing": _other_checkpointing,
     "recomputed_layers": _other_recomputed,
     "optimizer": _other_optimizers,
+    "product_dtype": _other_products,
 }
 
 
@@ -197,6 +207,19 @@ def _link(problem: Problem, taken: Cost) -> str:
 
 def _works(profile: DeviceProfile, setting: Setting) -> str:
     return _explained(profile, {"nf4": "four_bit", "int8": "eight_bit"}[setting.precision])
+
+
+def _why_products(problem: Problem, setting: Setting) -> str:
+    measured = _explained(problem.profile, "bf16_is_fast")
+    if len(problem.options.product_dtypes) == 1:
+        return measured
+    return f"{measured}; {_why_this_way(problem, setting, 'product_dtype')}"
+
+
+def _why_narrow(profile: DeviceProfile, setting: Setting) -> str:
+    if setting.compute_dtype == "bf16":
+        return "half the activations of fp32"
+    return _explained(profile, "bf16_is_fast")
 
 
 def _explained(profile: DeviceProfile, field: str) -> str:

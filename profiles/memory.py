@@ -22,7 +22,13 @@ from profiles.card import ModelCard
 from profiles.device import MIB
 
 # Bytes per weight of a linear layer.
-PRECISIONS: Mapping[str, float] = {"nf4": 0.5 + 1 / 64 + 4 / 16384, "int8": 1.0, "bf16": 2.0, "fp32": 4.0}
+PRECISIONS: Mapping[str, float] = {
+    "nf4": 0.5 + 1 / 64 + 4 / 16384,
+    "int8": 1.0,
+    "bf16": 2.0,
+    "fp16": 2.0,
+    "fp32": 4.0,
+}
 
 # Bytes per number of activations and embeddings.
 COMPUTE_DTYPES: Mapping[str, int] = {"bf16": 2, "fp32": 4}
@@ -72,7 +78,8 @@ PARTS: Mapping[str, str] = {
     "client": "this project's own libraries, and the tokenizer by its vocabulary",
     "base_weights": "linear weights at the plan's precision, with their scales",
     "embeddings": "embedding, head and norms in the compute type",
-    "dequantised": "the largest quantised weight, opened for one product",
+    "dequantised": "the largest weight that is kept in another type, opened for one product",
+    "casts": "what enters and leaves one product, where it is computed in another type than the activations have",
     "held_adapter": "directions that are held and not trained, float32, and what was received of the trained ones",
     "trained_adapter": "parameter, gradient and two moments of each trained number: 16 bytes, or 10 with 8-bit moments",
     "activations": "kept for the backward pass: of each trained layer its input if it is recomputed, or else all",
@@ -91,8 +98,9 @@ class Setting:
         rank: directions trained in each target of each trained layer.
         held: directions held in each target of every layer, the trained ones included.
         layers_trained: the last so many layers are trained.
-        precision: how the base's linear weights are kept: nf4, int8, bf16 or fp32.
-        compute_dtype: type of activations and products: bf16 or fp32.
+        precision: how the base's linear weights are kept: nf4, int8, bf16, fp16 or fp32.
+        compute_dtype: type of activations: bf16 or fp32.
+        product_dtype: type in which the linear layers multiply; None for that of the activations.
         micro_batch: sequences per forward pass.
         max_length: tokens per sequence.
         gradient_checkpointing: recompute trained layers in the backward pass.
@@ -114,12 +122,15 @@ class Setting:
     trained_modules: tuple[str, ...] | None = None
     recomputed_layers: int | None = None
     optimizer: str = "adamw"
+    product_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ConfigError(unknown_name("precision", self.precision, PRECISIONS))
         if self.compute_dtype not in COMPUTE_DTYPES:
             raise ConfigError(unknown_name("compute dtype", self.compute_dtype, COMPUTE_DTYPES))
+        if self.products not in COMPUTE_DTYPES:
+            raise ConfigError(unknown_name("product dtype", self.products, COMPUTE_DTYPES))
         if self.optimizer not in TRAINED_BYTES:
             raise ConfigError(unknown_name("optimizer", self.optimizer, TRAINED_BYTES))
         if self.recomputed_layers is not None and not 0 <= self.recomputed_layers <= self.layers_trained:
@@ -143,6 +154,11 @@ class Setting:
         return self.target_modules if self.trained_modules is None else self.trained_modules
 
     @property
+    def products(self) -> str:
+        """The type in which the linear layers multiply."""
+        return self.product_dtype or self.compute_dtype
+
+    @property
     def recomputed(self) -> int:
         """Trained layers that run once more in the backward pass."""
         if not self.gradient_checkpointing:
@@ -164,6 +180,7 @@ class MemoryEstimate:
     base_weights: int
     embeddings: int
     dequantised: int
+    casts: int
     held_adapter: int
     trained_adapter: int
     activations: int
@@ -218,6 +235,7 @@ def estimate(card: ModelCard, setting: Setting, pool: str = "host") -> MemoryEst
         base_weights=_base_weights(card, setting),
         embeddings=_embeddings(card, setting, pool),
         dequantised=_dequantised(card, setting),
+        casts=_casts(card, setting),
         held_adapter=held * FP32_BYTES,
         trained_adapter=_trained_adapter(card, setting),
         activations=setting.recomputed * entry + whole,
@@ -272,10 +290,18 @@ def _embeddings(card: ModelCard, setting: Setting, pool: str) -> int:
 
 
 def _dequantised(card: ModelCard, setting: Setting) -> int:
-    """The largest linear weight in the compute type."""
-    if setting.precision not in ("nf4", "int8"):
+    """The largest linear weight in the type that it is multiplied in."""
+    if setting.precision == setting.products:
         return 0
-    return max(d_out * d_in for d_out, d_in in card.projections.values()) * COMPUTE_DTYPES[setting.compute_dtype]
+    return max(d_out * d_in for d_out, d_in in card.projections.values()) * COMPUTE_DTYPES[setting.products]
+
+
+def _casts(card: ModelCard, setting: Setting) -> int:
+    """Input, output and gradient of the widest product, in the type that it is computed in."""
+    if setting.products == setting.compute_dtype:
+        return 0
+    widest = max(d_out + 2 * d_in for d_out, d_in in card.projections.values())
+    return setting.tokens * widest * COMPUTE_DTYPES[setting.products]
 
 
 def _logits(card: ModelCard, setting: Setting) -> int:

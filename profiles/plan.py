@@ -39,8 +39,9 @@ class Plan:
         held: directions of the global adapter held in each target of every layer.
         layers_trained: the last so many layers are trained.
         trained_modules: suffixes of the modules that are trained; all targets are held.
-        precision: of the base's linear weights: nf4, int8, bf16 or fp32.
-        compute_dtype: bf16 or fp32.
+        precision: of the base's linear weights: nf4, int8, bf16, fp16 or fp32.
+        compute_dtype: of activations: bf16 or fp32.
+        product_dtype: of the products of linear layers: bf16 or fp32.
         micro_batch: sequences per forward pass.
         gradient_accumulation_steps: forward passes per optimiser step.
         max_length: tokens per sequence.
@@ -61,6 +62,7 @@ class Plan:
     trained_modules: tuple[str, ...]
     precision: str
     compute_dtype: str
+    product_dtype: str
     micro_batch: int
     gradient_accumulation_steps: int
     max_length: int
@@ -159,6 +161,7 @@ def plan(
         trained_modules=setting.trained,
         precision=setting.precision,
         compute_dtype=setting.compute_dtype,
+        product_dtype=setting.products,
         micro_batch=setting.micro_batch,
         gradient_accumulation_steps=accumulation,
         max_length=setting.max_length,

@@ -1,11 +1,11 @@
 """The best setting within three budgets: memory, seconds and bytes of a round.
 
 What is learnt comes first (`worth`): the largest sum that fits, over precision, ranks, modules and length, with as many
-layers as fit each of these. Speed comes second: of the ways to train that setting, which differ in micro-batch and
-each recompute as few layers as fit, the leanest of those that are within a twentieth of the fastest. 8-bit AdamW is
-slow without a kernel of its own, so it is taken only where nothing else lets a setting fit. A larger budget admits
-every setting that a smaller one admits, so it never gives a plan that is worth less. The same arguments give the same
-setting.
+layers as fit each of these. Speed comes second: of the ways to train that setting, which differ in micro-batch and in
+the type of products and each recompute as few layers as fit, the leanest of those that are within a twentieth of the
+fastest. 8-bit AdamW is slow without a kernel of its own, so it is taken only where nothing else lets a setting fit. A
+larger budget admits every setting that a smaller one admits, so it never gives a plan that is worth less. The same
+arguments give the same setting.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class Options:
 
     precisions: tuple[str, ...]
     compute_dtype: str
+    product_dtypes: tuple[str, ...]
+    """In which linear layers may multiply, the faster one first."""
     ranks: tuple[int, ...]
     held: tuple[int, ...]
     layers: tuple[int, ...]
@@ -105,6 +107,7 @@ def options(profile: DeviceProfile, card: ModelCard, task: Task, overrides: Over
     return Options(
         precisions=_precisions(profile, compute, overrides.precision),
         compute_dtype=compute,
+        product_dtypes=_product_dtypes(profile, compute, overrides.product_dtype),
         ranks=_one("rank", overrides.rank, ranks, 1, task.max_rank),
         held=_one("held", overrides.held, held, 1, task.max_held),
         layers=tuple(count for count in layers if count >= (recomputed or 0)),
@@ -251,8 +254,9 @@ def _fits_somehow(problem: Problem, setting: Setting) -> bool:
 
 
 def _passes(problem: Problem, setting: Setting) -> Iterator[Setting]:
-    for optimizer, size in itertools.product(problem.options.optimizers, problem.options.micro_batches):
-        yield replace(setting, optimizer=optimizer, micro_batch=size)
+    choices = problem.options
+    for optimizer, size, kind in itertools.product(choices.optimizers, choices.micro_batches, choices.product_dtypes):
+        yield replace(setting, optimizer=optimizer, micro_batch=size, product_dtype=kind)
 
 
 def _fewest_recomputed(problem: Problem, way: Setting) -> Setting:
@@ -264,7 +268,13 @@ def _fewest_recomputed(problem: Problem, way: Setting) -> Setting:
 def _lean_ways(problem: Problem, setting: Setting) -> Iterator[Setting]:
     """Of each optimiser's ways the one that takes least memory."""
     for optimizer in problem.options.optimizers:
-        way = replace(setting, optimizer=optimizer, micro_batch=min(problem.options.micro_batches))
+        choices = problem.options
+        way = replace(
+            setting,
+            optimizer=optimizer,
+            micro_batch=min(choices.micro_batches),
+            product_dtype=choices.product_dtypes[-1],
+        )
         yield recomputing(way, recomputable(problem, setting)[-1])
 
 
@@ -313,6 +323,7 @@ def _setting(problem: Problem, precision: str, rank: int, modules: tuple[str, ..
         layers_trained=max(choices.layers),
         precision=precision,
         compute_dtype=choices.compute_dtype,
+        product_dtype=choices.product_dtypes[-1],
         max_length=length,
         micro_batch=min(choices.micro_batches),
     )
@@ -321,12 +332,20 @@ def _setting(problem: Problem, precision: str, rank: int, modules: tuple[str, ..
 def _compute_dtype(profile: DeviceProfile, overrides: Overrides) -> str:
     if overrides.precision in ("bf16", "fp32"):
         return overrides.precision  # what is kept in a type is computed in it
-    return "bf16" if profile.bf16_is_fast else "fp32"
+    # On a card without fast bfloat16 all is float32. A processor casts in its cache, so activations stay narrow.
+    return "bf16" if profile.bf16_is_fast or profile.pool == "host" else "fp32"
+
+
+def _product_dtypes(profile: DeviceProfile, compute: str, wanted: str | None) -> tuple[str, ...]:
+    """The last one takes least memory: that of the activations, for which nothing is cast."""
+    if wanted is not None:
+        return (wanted,)
+    return (compute,) if profile.bf16_is_fast or compute == "fp32" else ("fp32", compute)
 
 
 def _precisions(profile: DeviceProfile, compute: str, wanted: str | None) -> tuple[str, ...]:
     """Of the base's weights, best first: those that this device's kernels were seen to train with."""
-    works = {"nf4": profile.four_bit, "int8": profile.eight_bit, compute: True}
+    works = {"nf4": profile.four_bit, "int8": profile.eight_bit, "fp16": True, compute: True}
     if wanted is None:
         return tuple(name for name in (compute, "int8", "nf4") if works[name])
     if wanted not in works:

@@ -21,6 +21,7 @@ from profiles.device import DeviceProfile
 from profiles.memory import (
     COMPUTE_DTYPES,
     FP32_BYTES,
+    PRECISIONS,
     Setting,
     chunk_tokens,
     saved_bytes_per_token,
@@ -39,6 +40,8 @@ OPENED_TIMES = 3.8
 # activations and residuals; and the same of what enters and leaves an adapter in float32, with casts, scaling and sums.
 TRAFFIC_TIMES = 1.4
 ADAPTER_TRAFFIC_TIMES = 3.5
+# The same of what is cast into the type of a product, and back.
+CAST_TIMES = 1.0
 # The head, which no cache holds.
 HEAD_TRAFFIC_TIMES = 1.0
 # Small bare calls that one pass over a layer is worth: its operations, the Python, modules and autograd around them,
@@ -103,12 +106,19 @@ def _one_pass(profile: DeviceProfile, card: ModelCard, setting: Setting) -> dict
     """The same of one forward and backward pass, which updates nothing."""
     passes = card.num_layers + setting.recomputed + setting.layers_trained
     opened = 0.0
+    weights = card.layer_linear_parameters
+    bandwidth = profile.memory_bandwidth_gb_s * 1e9
     if setting.precision in _OPENED:
         rate = getattr(profile, _OPENED[setting.precision]) * 1e9
-        opened = OPENED_TIMES * passes * card.layer_linear_parameters / rate
+        opened = OPENED_TIMES * passes * weights / rate
+    elif setting.precision != setting.products:
+        opened = passes * weights * (PRECISIONS[setting.precision] + COMPUTE_DTYPES[setting.products]) / bandwidth
     adapters = 2 if setting.held > setting.rank else 1
     inside = sum(sum(card.shape(module)) for module in setting.target_modules) * FP32_BYTES * adapters
     per_token = TRAFFIC_TIMES * saved_bytes_per_token(card, setting) + ADAPTER_TRAFFIC_TIMES * inside
+    if setting.products != setting.compute_dtype:
+        both = COMPUTE_DTYPES[setting.products] + COMPUTE_DTYPES[setting.compute_dtype]
+        per_token += CAST_TIMES * both * sum(d_out + d_in for d_out, d_in in card.projections.values())
     # Each chunk of the loss reads the whole head, forward and backward.
     chunks = -(-setting.tokens // chunk_tokens(card, setting))
     head = HEAD_TRAFFIC_TIMES * 2 * chunks * card.vocab_size * card.hidden_size * COMPUTE_DTYPES[setting.compute_dtype]
@@ -119,7 +129,7 @@ def _one_pass(profile: DeviceProfile, card: ModelCard, setting: Setting) -> dict
         "attention": ATTENTION_TIMES * counted["attention"] / rate,
         "adapters": ADAPTER_TIMES * counted["adapters"] / (profile.gemm_fp32_gflops * 1e9),
         "opened": opened,
-        "traffic": (passes * setting.tokens * per_token + head) / (profile.memory_bandwidth_gb_s * 1e9),
+        "traffic": (passes * setting.tokens * per_token + head) / bandwidth,
         "calls": passes * CALLS_PER_LAYER * profile.op_overhead_us * 1e-6,
     }
 
@@ -139,12 +149,12 @@ def operations(card: ModelCard, setting: Setting) -> dict[str, int]:
 
 
 def _rate(profile: DeviceProfile, setting: Setting) -> float:
-    return profile.gemm_bf16_gflops if setting.compute_dtype == "bf16" else profile.gemm_fp32_gflops
+    return profile.gemm_bf16_gflops if setting.products == "bf16" else profile.gemm_fp32_gflops
 
 
 def _missing(profile: DeviceProfile, setting: Setting) -> list[str]:
     needed = {
-        f"rate of {setting.compute_dtype} products": _rate(profile, setting),
+        f"rate of {setting.products} products": _rate(profile, setting),
         "rate of fp32 products": profile.gemm_fp32_gflops,
         "memory bandwidth": profile.memory_bandwidth_gb_s,
         "cost of a call": profile.op_overhead_us,

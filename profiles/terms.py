@@ -76,6 +76,7 @@ class Overrides:
     layers_trained: int | None = None
     precision: str | None = None
     compute_dtype: str | None = None
+    product_dtype: str | None = None
     trained_modules: tuple[str, ...] | None = None
     max_length: int | None = None
     micro_batch: int | None = None
@@ -89,7 +90,12 @@ class Overrides:
             value, least = getattr(self, name), int(name != "recomputed_layers")
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ConfigError(f"{name} is a whole number of at least {least}; found {value!r}")
-        named = (("precision", PRECISIONS), ("compute_dtype", COMPUTE_DTYPES), ("optimizer", TRAINED_BYTES))
+        named = (
+            ("precision", PRECISIONS),
+            ("compute_dtype", COMPUTE_DTYPES),
+            ("product_dtype", COMPUTE_DTYPES),
+            ("optimizer", TRAINED_BYTES),
+        )
         for name, known in named:
             value = getattr(self, name)
             if value is not None and value not in known:

@@ -24,7 +24,7 @@ Rank = Annotated[int | None, typer.Option(help="Directions to train, instead of 
 Held = Annotated[int | None, typer.Option(help="Directions to hold, instead of what the plan would choose.")]
 Layers = Annotated[int | None, typer.Option(help="Train the last so many layers, whatever the plan would choose.")]
 Precision = Annotated[
-    str | None, typer.Option(help="Of the base: nf4, int8, bf16 or fp32; the plan's choice if absent.")
+    str | None, typer.Option(help="Of the base: nf4, int8, bf16, fp16 or fp32; the plan's choice if absent.")
 ]
 MemoryLimit = Annotated[str | None, typer.Option(help="What training may use, such as 900M or 2G.")]
 
@@ -78,7 +78,7 @@ def profile(
 
 @app.command()
 def prepare(
-    base: Base = "smollm2", precision: Annotated[str, typer.Option(help="nf4, int8, bf16 or fp32.")] = "nf4"
+    base: Base = "smollm2", precision: Annotated[str, typer.Option(help="nf4, int8, bf16, fp16 or fp32.")] = "nf4"
 ) -> int:
     """Convert a base model once, into this user's cache."""
     from edge_runtime.cli import prepare as verb

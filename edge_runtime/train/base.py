@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from edge_runtime import config
-from edge_runtime.errors import BaseModelError, missing_extra
+from edge_runtime.errors import BaseModelError, missing_extra, unknown_name
 from edge_runtime.train import eight_bit, heap, prepared
 from edge_runtime.train.convert import convert, precision_named
 from edge_runtime.train.exclusive import exclusive, remove
+from edge_runtime.train.lora_linear import frozen_product
 from edge_runtime.train.quiet import quiet
 from edge_runtime.train.source import Source, fingerprint, resolve
 from profiles.light_import import light_import
@@ -118,20 +120,27 @@ def prepare(
     return found
 
 
-def load(base: PreparedBase, *, compute_dtype: Literal["bf16", "fp32"], device: str = "cpu") -> LoadedBase:
+def load(
+    base: PreparedBase, *, compute_dtype: str, product_dtype: str | None = None, device: str = "cpu"
+) -> LoadedBase:
     """A prepared base in memory, frozen, in training mode and without a key/value cache.
 
     Args:
         base: from `prepare`.
-        compute_dtype: precision of the arithmetic and of all that is not quantised; "bf16" or "fp32" for nf4 and int8,
-            the precision of the weights for bf16 and fp32.
+        compute_dtype: precision of activations and of all that is not a linear layer's weight; "bf16" or "fp32" for
+            nf4, int8 and fp16, the precision of the weights for bf16 and fp32.
+        product_dtype: precision in which the linear layers multiply while the model trains or is evaluated; that of
+            the activations when absent. Where bfloat16 is slow, float32 products over bfloat16 activations are fast
+            and lean.
         device: where to put it, in torch's words.
 
     Raises:
-        BaseModelError: the folder cannot be loaded, or a plain base was asked to compute in another precision.
+        BaseModelError: the folder cannot be loaded, or a plain base was asked to compute in another precision, or an
+            unknown one.
         MissingExtraError: bitsandbytes or accelerate is not installed and the precision needs it.
     """
-    _check_compute(base, compute_dtype)
+    products = product_dtype or compute_dtype
+    _check_compute(base, compute_dtype, products)
     dtype = COMPUTE_DTYPES[compute_dtype]
     try:
         with quiet():
@@ -149,17 +158,19 @@ def load(base: PreparedBase, *, compute_dtype: Literal["bf16", "fp32"], device: 
     model.requires_grad_(requires_grad=False)
     model.config.use_cache = False
     keep_gradients(model)
-    _compute_in(model, dtype)
+    _compute_in(model, dtype, COMPUTE_DTYPES[products])
     return LoadedBase(model.train(), tokenizer, base)
 
 
-def _check_compute(base: PreparedBase, compute_dtype: str) -> None:
+def _check_compute(base: PreparedBase, compute_dtype: str, products: str) -> None:
     allowed = precision_named(base.precision).compute
     if compute_dtype not in allowed:
         raise BaseModelError(
             f"expected a base of precision {base.precision} to compute in {' or '.join(allowed)}; found "
             f"'{compute_dtype}'; compute in that, or prepare the base at another precision"
         )
+    if products not in COMPUTE_DTYPES:
+        raise BaseModelError(unknown_name("product dtype", products, COMPUTE_DTYPES))
 
 
 def _by_transformers(folder: Path, dtype: torch.dtype, device: str) -> Any:
@@ -168,8 +179,18 @@ def _by_transformers(folder: Path, dtype: torch.dtype, device: str) -> Any:
     )
 
 
+def _half(folder: Path, dtype: torch.dtype, device: str) -> Any:
+    """Linear weights stay in float16, as they are stored, and are opened for each product."""
+    model = _by_transformers(folder, torch.float16, device)
+    for layer in _linear_layers(model):
+        layer.product_dtype = dtype
+        # Not for training alone: torch's own product takes no two types.
+        layer.forward = partial(frozen_product, layer)
+    return model
+
+
 # Precisions that transformers cannot load by itself.
-_LOADERS: dict[str, Callable[[Path, torch.dtype, str], Any]] = {"int8": eight_bit.load_model}
+_LOADERS: dict[str, Callable[[Path, torch.dtype, str], Any]] = {"int8": eight_bit.load_model, "fp16": _half}
 
 
 def keep_gradients(model: torch.nn.Module) -> None:
@@ -192,20 +213,29 @@ def _four_bit_layers(model: torch.nn.Module) -> Iterator[Any]:
     return (module for module in model.modules() if type(module).__name__ == "Linear4bit")
 
 
-def _compute_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Make a model compute in a precision, and 4-bit layers dequantise straight into it.
+def _linear_layers(model: Any) -> Iterator[Any]:
+    """The linear layers of any kind but the head, whose products are not many."""
+    head = model.get_output_embeddings()
+    return (module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head)
 
-    The quantisation state remembers the precision that the weights once had; dequantising a layer into that first
-    would double its transient memory where it was float32 and the arithmetic is bfloat16.
+
+def _compute_in(model: Any, dtype: torch.dtype, products: torch.dtype) -> None:
+    """Make a model compute in a precision, and its linear layers multiply in one.
+
+    A 4-bit layer's quantisation state remembers the precision that the weights once had; dequantising a layer into
+    that first would double its transient memory where it was float32 and the product is bfloat16.
     """
+    opened = {id(layer.weight): layer for layer in _linear_layers(model) if hasattr(layer, "product_dtype")}
     for parameter in model.parameters():
         # transformers 5 leaves the plain parameters of a quantised checkpoint as they are stored.
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and id(parameter) not in opened:
             parameter.data = parameter.data.to(dtype)
+    for layer in _linear_layers(model) if products != dtype else opened.values():
+        layer.product_dtype = products
     for layer in _four_bit_layers(model):
         layer.compute_dtype = dtype
         layer.compute_type_is_set = True
-        layer.weight.quant_state.dtype = dtype
+        layer.weight.quant_state.dtype = products
 
 
 def _given(source: Source, precision: str) -> PreparedBase:

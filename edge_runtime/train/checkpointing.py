@@ -44,6 +44,14 @@ def backward_layers(causal: Any) -> Sequence[Any]:
     return layers[next(trained, len(layers)) :]
 
 
+def for_memory(causal: Any, recomputed: int | None) -> bool:
+    """Whether as many layers are recomputed as can save memory.
+
+    Keeping all of the last layer costs nothing, so whoever recomputes the others has no room for more.
+    """
+    return recomputed is None or recomputed >= max(1, len(backward_layers(causal)) - 1)
+
+
 def decoder_layers(causal: Any) -> Sequence[Any]:
     """The layers of a causal language model of transformers, in the order of the forward pass."""
     layers: Sequence[Any] = getattr(causal, causal.base_model_prefix).layers

@@ -141,6 +141,7 @@ PRECISIONS: dict[str, Precision] = {
     "nf4": Precision(torch.bfloat16, ("bf16", "fp32"), 0.516, 48 << 20, _four_bit, _describe_nf4),
     "int8": Precision(torch.bfloat16, ("bf16", "fp32"), 1.01, 16 << 20, _eight_bit, _describe_int8),
     "bf16": Precision(torch.bfloat16, ("bf16",), 2, 12 << 20),
+    "fp16": Precision(torch.float16, ("bf16", "fp32"), 2, 12 << 20),
     "fp32": Precision(torch.float32, ("fp32",), 4, 12 << 20),
 }
 
@@ -287,6 +288,8 @@ def _plain(name: str, checkpoint: Checkpoint, dtype: torch.dtype) -> torch.Tenso
         if made is None:
             made = torch.empty(shape or (1,), dtype=dtype if rows.is_floating_point() else rows.dtype)
         made[at] = rows
+    if made is not None and dtype == torch.float16 and not torch.isfinite(made).all():
+        raise BaseModelError(f"fp16 holds weights up to 65504; '{name}' has larger ones; keep this base as bf16")
     return torch.empty(shape) if made is None else made.reshape(shape)
 
 

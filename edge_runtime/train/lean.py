@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from edge_runtime.errors import BaseModelError
 from edge_runtime.train.attention import packed_attention
+from edge_runtime.train.lora_linear import frozen_product
 from edge_runtime.train.loss import PACKED_LENGTHS
 from edge_runtime.train.pieces import gated_silu, rms_norm, rotate
 
@@ -99,11 +100,18 @@ def lean(causal: Any) -> Iterator[None]:
         stack.callback(setattr, causal.config, _IMPLEMENTATION, before)
         setattr(causal.config, _IMPLEMENTATION, INTERFACE)
         for module in causal.modules():
-            forward = REWRITTEN.get(type(module).__name__)
-            if forward is not None and _as_known(module):
+            forward = _rewritten(module)
+            if forward is not None and "forward" not in vars(module):
                 stack.callback(vars(module).pop, "forward", None)
                 module.forward = partial(forward, module)
         yield
+
+
+def _rewritten(module: Any) -> Callable[..., Any] | None:
+    """The forward pass that takes the place of a module's own; None where it keeps its own."""
+    if getattr(module, "product_dtype", None) is not None:
+        return frozen_product
+    return REWRITTEN.get(type(module).__name__) if _as_known(module) else None
 
 
 def _as_known(module: Any) -> bool:

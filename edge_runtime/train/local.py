@@ -9,7 +9,6 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -198,9 +197,9 @@ class LocalTrainer:
             say=self._say,
         )
         torch.set_num_threads(chosen.threads)
-        compute: Literal["bf16", "fp32"] = "bf16" if chosen.compute_dtype == "bf16" else "fp32"
         self._footprint.begin()  # what conversion took is no part of the plan
-        base = load(found, compute_dtype=compute, device="cuda" if profile.kind == "cuda" else "cpu")
+        device = "cuda" if profile.kind == "cuda" else "cpu"
+        base = load(found, compute_dtype=chosen.compute_dtype, product_dtype=chosen.product_dtype, device=device)
         tokens, tokens_held_out = self._tokens(base, chosen.max_length)
         live = get(spec.family).attach(base.model, slot, scaling=spec.scaling)
         digest = data.digest_of(tokens.examples)
@@ -367,7 +366,7 @@ class LocalTrainer:
 
 def _same(chosen: Plan) -> tuple[object, ...]:
     """What two plans must share for a round to go on from one to the other: what is computed, not how it is cut."""
-    return (chosen.precision, chosen.compute_dtype, chosen.max_length)
+    return (chosen.precision, chosen.compute_dtype, chosen.product_dtype, chosen.max_length)
 
 
 def _same_model(one: Plan, other: Plan) -> bool:

@@ -17,7 +17,7 @@ import torch
 from edge_runtime.errors import DataError, DeviceMemoryError, RoundError, unknown_name
 from edge_runtime.train import families, heap, optimizer
 from edge_runtime.train.batches import Packed, pack_together
-from edge_runtime.train.checkpointing import checkpointing, decoder_layers
+from edge_runtime.train.checkpointing import checkpointing, decoder_layers, for_memory
 from edge_runtime.train.culprit import first_bad_gradient, first_bad_output
 from edge_runtime.train.data import Tokenised, batch_at
 from edge_runtime.train.exhaustion import bearing
@@ -365,7 +365,8 @@ def _training_mode(live: LiveModel, task: LocalTask) -> Iterator[None]:
     cards = [device] if device.type == "cuda" else []
     recomputed = task.recomputed_layers if task.gradient_checkpointing else 0
     fork = torch.random.fork_rng(devices=cards)
-    with fork, lean(causal), heap.releasing(_layers(causal)), checkpointing(causal, recomputed):
+    between = heap.LAYERS_BETWEEN_TIGHT if for_memory(causal, recomputed) else heap.LAYERS_BETWEEN
+    with fork, lean(causal), heap.releasing(_layers(causal), between), checkpointing(causal, recomputed):
         live.model.train()
         try:
             yield

@@ -96,6 +96,20 @@ def test_a_bfloat16_model_in_float32_computes_what_a_float32_model_of_the_same_w
     np.testing.assert_allclose(found, logits(wide, PROMPTS), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["nf4", "int8", "fp16"])
+def test_products_of_another_type_are_compared_in_float32_too(tiny_base: Path, tmp_path: Path, precision: str) -> None:
+    prepared = prepare(str(tiny_base), precision=precision, cache=tmp_path)
+    wide = load(prepared, compute_dtype="fp32").model
+    other = load(prepared, compute_dtype="fp32", product_dtype="bf16").model
+    before = {layer.product_dtype for layer in other.modules() if hasattr(layer, "product_dtype")}
+    with in_float32(other):
+        found = logits(other, PROMPTS)
+
+    np.testing.assert_allclose(found, logits(wide, PROMPTS), rtol=0, atol=1e-5)
+    assert before == {torch.bfloat16}
+    assert {layer.product_dtype for layer in other.modules() if hasattr(layer, "product_dtype")} == before
+
+
 def test_an_error_within_leaves_the_weights_as_they_were(tiny_base: Path) -> None:
     model = tiny.plain_model(tiny_base).to(torch.bfloat16)
     with pytest.raises(IndexError), in_float32(model):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from edge_runtime.errors import BaseModelError, ConfigError, PlanError
 from edge_runtime.lora.adapter import LayerSlot, Slot
 from profiles import search
+from profiles.device import Gpu
 from profiles.memory import estimate
 from profiles.plan import Plan, plan, rows, smallest
 from profiles.search import Problem
@@ -344,8 +345,9 @@ def test_where_quantised_weights_do_not_train_they_stay_in_the_compute_type() ->
     found = plan(broken, smollm2(), TASK, Budgets(4 * GIB))
 
     assert (found.precision, found.compute_dtype) == ("bf16", "bf16")
-    slow = plan(replace(broken, bf16_is_fast=False), smollm2(), TASK, Budgets(4 * GIB))
-    assert (slow.precision, slow.compute_dtype) == ("fp32", "fp32")
+    card = Gpu("a card", 16 * GIB, 16 * GIB, "7.0")
+    slow = plan(replace(broken, bf16_is_fast=False, kind="cuda", gpus=(card,)), smollm2(), TASK, Budgets(4 * GIB))
+    assert (slow.precision, slow.compute_dtype, slow.product_dtype) == ("fp32", "fp32", "fp32")
     with pytest.raises(ConfigError, match="the first kernel fails"):
         plan(broken, smollm2(), TASK, Budgets(4 * GIB), Overrides(precision="nf4"))
     with pytest.raises(ConfigError, match=r"8-bit AdamW.*the first kernel fails"):

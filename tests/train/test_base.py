@@ -15,6 +15,7 @@ from tests.train import tiny
 
 pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch")
+safetensors = pytest.importorskip("safetensors.torch")
 transformers = pytest.importorskip("transformers")
 bitsandbytes = pytest.importorskip("bitsandbytes")
 base = pytest.importorskip("edge_runtime.train.base")
@@ -211,6 +212,50 @@ def test_a_loaded_base_is_frozen_and_computes_as_planned(quantised: Any, compute
     assert logits_of(loaded.model).dtype == expected
     assert loaded.tokenizer.decode(loaded.tokenizer.encode("def f():", add_special_tokens=False)) == "def f():"
     assert loaded.prepared == quantised
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8", "bf16", "fp16"])
+def test_products_may_be_wider_than_activations(tiny_base: Path, tmp_path: Path, precision: str) -> None:
+    found = prepare(tiny_base, tmp_path, precision)[0]
+    narrow = base.load(found, compute_dtype="bf16").model
+    model = base.load(found, compute_dtype="bf16", product_dtype="fp32").model
+    ids = torch.arange(12)[None]
+    lean = pytest.importorskip("edge_runtime.train.lean")
+    with torch.no_grad(), lean.lean(narrow), lean.lean(model):
+        ours, theirs = model(input_ids=ids).logits, narrow(input_ids=ids).logits
+
+    assert ours.dtype == torch.bfloat16
+    assert {layer.product_dtype for layer in model.modules() if hasattr(layer, "product_dtype")} == {torch.float32}
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+
+
+def test_half_weights_stay_half_and_are_opened_for_each_product(tiny_base: Path, tmp_path: Path) -> None:
+    found = prepare(tiny_base, tmp_path, "fp16")[0]
+    model = base.load(found, compute_dtype="fp32").model
+    exact = base.load(prepare(tiny_base, tmp_path, "fp32")[0], compute_dtype="fp32").model
+    ids = torch.arange(12)[None]
+
+    layer = model.model.layers[0].self_attn.q_proj
+    assert layer.weight.dtype == torch.float16
+    assert model.lm_head.weight.dtype == torch.float32
+    torch.testing.assert_close(model(input_ids=ids).logits, exact(input_ids=ids).logits, rtol=1e-2, atol=1e-2)
+
+
+def test_weights_that_half_cannot_hold_are_refused(tiny_base: Path, tmp_path: Path) -> None:
+    large = shutil.copytree(tiny_base, tmp_path / "large")
+    path = large / "model.safetensors"
+    tensors = safetensors.load_file(path)
+    name = next(name for name in tensors if "q_proj" in name)
+    tensors[name][0, 0] = 1e5
+    safetensors.save_file(tensors, path, metadata={"format": "pt"})
+
+    with pytest.raises(BaseModelError, match=f"fp16 holds weights up to 65504; '{name}'"):
+        prepare(large, tmp_path / "cache", "fp16")
+
+
+def test_an_unknown_type_of_products_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BaseModelError, match="unknown product dtype 'fp8'"):
+        base.load(base.PreparedBase(tmp_path, "0" * 64, "nf4", "any"), compute_dtype="bf16", product_dtype="fp8")
 
 
 @pytest.mark.parametrize(("precision", "compute"), [("bf16", "fp32"), ("fp32", "bf16"), ("int8", "fp16")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,12 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from edge_runtime.train.batches import pack_together  # noqa: E402 - after the check that torch is there
-from edge_runtime.train.checkpointing import backward_layers, checkpointing, decoder_layers  # noqa: E402 - as above
+from edge_runtime.train.checkpointing import (  # noqa: E402 - as above
+    backward_layers,
+    checkpointing,
+    decoder_layers,
+    for_memory,
+)
 from edge_runtime.train.lean import lean  # noqa: E402 - as above
 from edge_runtime.train.live import LiveModel, attach, load_adapter, trainable_parameters  # noqa: E402 - as above
 from edge_runtime.train.loss import completion_loss  # noqa: E402 - as above
@@ -123,3 +129,12 @@ def test_afterwards_no_layer_is_recomputed_whatever_happened(live: LiveModel, re
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert not live.model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize(("recomputed", "expected"), [(None, True), (4, True), (3, True), (2, False), (0, False)])
+def test_recomputing_all_but_the_last_layer_is_done_for_memory(recomputed: int | None, expected: bool) -> None:
+    layers = [torch.nn.Linear(2, 2) for _ in range(4)]
+
+    causal = SimpleNamespace(base_model_prefix="model", model=SimpleNamespace(layers=layers))
+
+    assert for_memory(causal, recomputed) == expected

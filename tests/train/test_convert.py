@@ -212,7 +212,7 @@ def broken(tiny_base: Path, tmp_path: Path) -> Path:
 
 
 def test_an_unknown_precision_lists_the_known_ones(tiny_base: Path, tmp_path: Path) -> None:
-    with pytest.raises(BaseModelError, match=r"'int3'.*bf16, fp32, int8, nf4"):
+    with pytest.raises(BaseModelError, match=r"'int3'.*bf16, fp16, fp32, int8, nf4"):
         converted(tiny_base, tmp_path / "x", "int3")
 
 

@@ -57,7 +57,7 @@ def gradients(model):
 def test_training_computes_the_same_to_the_last_bit() -> None:
     model = network()
     plain = gradients(model)
-    with heap.releasing(list(model)):
+    with heap.releasing(list(model), 2):
         released = gradients(model)
 
     assert len(plain) == 14
@@ -68,7 +68,7 @@ def test_training_computes_the_same_to_the_last_bit() -> None:
 def test_the_heap_is_released_in_both_directions_and_only_within(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = network(), []
     monkeypatch.setattr(heap, "release", lambda: calls.append(1))
-    with heap.releasing(list(model)):
+    with heap.releasing(list(model), 2):
         gradients(model)
     within = len(calls)
     gradients(model)
@@ -80,7 +80,7 @@ def test_the_heap_is_released_in_both_directions_and_only_within(monkeypatch: py
 def test_an_evaluation_without_gradients_is_released_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = network(), []
     monkeypatch.setattr(heap, "release", lambda: calls.append(1))
-    with heap.releasing(list(model)), torch.no_grad():
+    with heap.releasing(list(model), 2), torch.no_grad():
         model(torch.ones(3, 16))
 
     assert len(calls) == 4

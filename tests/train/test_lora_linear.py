@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from edge_runtime.train.eight_bit import Int8Linear  # noqa: E402 - after the check that torch is there
-from edge_runtime.train.lora_linear import LoraLinear, opener_of  # noqa: E402 - as above
+from edge_runtime.train.lora_linear import LoraLinear, frozen_product, opener_of  # noqa: E402 - as above
 
 pytestmark = pytest.mark.torch
 
@@ -70,6 +70,44 @@ def test_values_and_gradients_are_those_of_the_sum_written_out(build: Any, train
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("build", [plain, int8, nf4])
+def test_products_of_a_wider_type_than_the_input_are_rounded_once(build: Any) -> None:
+    torch.manual_seed(0)
+    layer = adapted(build(), 3, 5)
+    layer.base.product_dtype = torch.float32
+    x = torch.randn(2, 7, layer.in_features).to(torch.bfloat16).requires_grad_()
+    g = torch.randn(2, 7, D_OUT).to(torch.bfloat16)
+    wide = x.detach().float().requires_grad_()
+
+    ours, theirs = layer(x), naive(layer, wide)
+    found = torch.autograd.grad(ours, [x, layer.a, layer.b], g)
+    wanted = torch.autograd.grad(theirs, [wide, layer.a, layer.b], g.float())
+
+    assert ours.dtype == found[0].dtype == torch.bfloat16
+    assert torch.equal(ours, theirs.to(torch.bfloat16)) or (ours - theirs).abs().max() <= 2**-8 * theirs.abs().max()
+    torch.testing.assert_close(found[0].float(), wanted[0], rtol=2**-7, atol=2**-7)
+    # The factors' own gradients are never rounded to bfloat16.
+    for one, other in zip(found[1:], wanted[1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_product_keeps_nothing_but_passes_the_gradient_on() -> None:
+    torch.manual_seed(0)
+    layer, x = plain(), torch.randn(3, D_IN, requires_grad=True)
+    kept: list[Any] = []
+
+    def keep(saved: Any) -> Any:
+        kept.append(saved)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        y = frozen_product(layer, x)
+
+    assert kept == []
+    torch.testing.assert_close(y, layer(x))
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], torch.ones(3, D_OUT) @ layer.weight)
 
 
 def test_gradients_are_exact_by_finite_differences() -> None:
