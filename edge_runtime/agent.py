@@ -32,6 +32,7 @@ class State:
         settled: the last round whose update was accepted or given up; durable.
         busy: the work that the shell is doing now.
         left: its fleet life is over.
+        instance: tells this process from another device of the same name.
     """
 
     client: str
@@ -43,6 +44,7 @@ class State:
     settled: int = 0
     busy: Literal["", "planning", "fetching", "training", "finishing"] = ""
     left: bool = False
+    instance: str = ""
 
 
 # ── events ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -78,6 +80,13 @@ class Trained:
 
 
 @dataclass(frozen=True)
+class Recut:
+    """The update in the outbox travels in chunks of another size from now on; durable."""
+
+    offer: Offer
+
+
+@dataclass(frozen=True)
 class Exhausted:
     """Memory did not suffice for the work under way; it needs a smaller plan, and then to be done again."""
 
@@ -92,7 +101,7 @@ class Repeat:
     """Time passed, or the connection is new: say again what has not been answered."""
 
 
-Event = Received | Planned | Fetched | Trained | Exhausted | Finished | Repeat
+Event = Received | Planned | Fetched | Trained | Recut | Exhausted | Finished | Repeat
 
 # ── actions ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -159,18 +168,25 @@ class Finish:
 
 
 @dataclass(frozen=True)
+class Wait:
+    """Tell people that the server cannot take it now; what was said is said again on `Repeat`."""
+
+    refusal: Rejected
+
+
+@dataclass(frozen=True)
 class Leave:
     """The device's fleet life is over; `refusal` says why, if it was the server's will."""
 
     refusal: Rejected | None = None
 
 
-Action = Say | MakePlan | Fetch | Train | SendChunks | Settle | Adopt | Finish | Leave
+Action = Say | MakePlan | Fetch | Train | SendChunks | Settle | Adopt | Finish | Wait | Leave
 
 
-def start(client: str, run: str, outbox: Offer | None, settled: int) -> State:
+def start(client: str, run: str, outbox: Offer | None, settled: int, instance: str = "") -> State:
     """A device that starts, or starts again, with what its disk remembers."""
-    return State(client=client, run=run, outbox=outbox, settled=settled)
+    return State(client=client, run=run, outbox=outbox, settled=settled, instance=instance)
 
 
 def step(state: State, event: Event) -> tuple[State, list[Action]]:
@@ -189,6 +205,8 @@ def step(state: State, event: Event) -> tuple[State, list[Action]]:
             # While it trained, the fleet may have begun anew; then there is nobody to take this update.
             if run == state.run:
                 state, actions = replace(state, outbox=offer), [Say(offer)]
+        case Recut(offer) if state.outbox and state.outbox.blob.sha256 == offer.blob.sha256:
+            state, actions = replace(state, outbox=offer), [Say(offer)]
         case Exhausted():
             # As for a device that comes new: the server must know its new rank before it trains with it.
             state = replace(state, hello=None, welcomed=False, busy="")
@@ -234,7 +252,7 @@ def _directed(state: State, directive: Directive) -> tuple[State, list[Action]]:
 
 def _work(directive: Directive | None) -> object:
     """What a fetch depends on: two directives that agree in it ask for the same bands."""
-    return (directive.run, directive.version, directive.adapter) if directive else None
+    return (directive.run, directive.version, directive.adapter, directive.bands) if directive else None
 
 
 def _unanswered(state: State) -> list[Action]:
@@ -258,7 +276,11 @@ def _rejected(state: State, refusal: Rejected) -> tuple[State, list[Action]]:
             # The server lost its memory of us, or never heard us: introduce ourselves, then offer again.
             again: list[Action] = [Say(state.hello)] if state.hello else []
             return replace(state, welcomed=False), again
-        case "round-closed" | "too-large" | "corrupt":
+        case "duplicate" if refusal.instance == state.instance:
+            return replace(state, left=True), [Leave(refusal)]
+        case "quota" | "no-space" | "fleet-full" | "malformed":
+            return state, [Wait(refusal)]
+        case "round-closed" | "too-large" | "corrupt" | "norm" | "examples":
             if state.outbox and state.outbox.blob.sha256 == refusal.sha256:
                 return _settle(state, state.outbox.round)
     return state, []

@@ -9,14 +9,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from edge_runtime import agent
+from edge_runtime import agent, room
 from edge_runtime.errors import (
     DeviceMemoryError,
     EdgeRuntimeError,
     FingerprintMismatchError,
     RejectedError,
+    TooLargeError,
     WireError,
 )
+from edge_runtime.identity import Identity, hello_of, offline, online, will
 from edge_runtime.keeper import Keeper, Watch
 from edge_runtime.lora.adapter import Adapter, Slot
 from edge_runtime.lora.algebra import cut
@@ -25,36 +27,20 @@ from edge_runtime.trainer import AdapterSpec, Delivered, StepReport, Trainer, Tr
 from edge_runtime.wire import bands, blobs, codec, topics
 from edge_runtime.wire.messages import (
     Directive,
-    Hello,
     Losses,
     Message,
     Offer,
-    Presence,
     Rejected,
     Report,
     dump,
-    group,
     load,
 )
-from edge_runtime.wire.transport import Delivery, Transport, Will
+from edge_runtime.wire.transport import Delivery, Transport
+
+__all__ = ["REPEAT_SECONDS", "Client", "Identity", "will"]
 
 REPEAT_SECONDS = 10.0
 """How long an unanswered message waits before it is said again."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Who this device is.
-
-    Attributes:
-        fleet: the fleet's name.
-        client: this device's client id.
-        chunk_bytes: size of the chunks of its uploads.
-    """
-
-    fleet: str
-    client: str
-    chunk_bytes: int = blobs.CHUNK_BYTES
 
 
 @dataclass
@@ -90,18 +76,21 @@ class Client:
         watch: Watch | None = None,
     ) -> None:
         self._name, self._fleet, self._chunk_bytes = identity.client, identity.fleet, identity.chunk_bytes
+        self._identity = identity
         self._transport, self._disk, self._trainer = transport, state, trainer
         watch = watch or Watch()
         self._deliver, self._say, self._clock = deliver, say, watch.clock
         outbox = state.outbox
-        self._state = agent.start(self._name, state.run, outbox[0] if outbox else None, state.settled)
+        offer = outbox[0] if outbox else None
+        self._state = agent.start(self._name, state.run, offer, state.settled, identity.instance)
         self._slot: Slot | None = None
         self._wanted: dict[str, dict[int, bytes]] = {}
         self._directive: Directive | None = None
         self._progress = Progress()
         self._heard = watch.clock()
         self._keeper = Keeper(state, watch, say=say)
-        self._gate = self._keeper.gate(lambda reason: self._report("paused", detail=reason[:1024]))
+        self._gate = self._keeper.gate(self._pauses)
+        state.on_full = room.waiting(watch, say, self._pauses)
         self._stepped_down = self._keeper.woken()
 
     @property
@@ -117,13 +106,13 @@ class Client:
             RejectedError: the server refused this device for another reason.
             EdgeRuntimeError: planning, training or export failed; the server was told.
         """
-        self._transport.publish(*_presence(self._fleet, self._name, online=True), retain=True)
+        self._transport.publish(*online(self._identity, self._transport.sessions), retain=True)
         self._transport.subscribe(topics.down(self._fleet, self._name))
         self._transport.subscribe(topics.directive(self._fleet))
         try:
             self._take_part(stop, poll)
         finally:
-            self._transport.publish(*_presence(self._fleet, self._name, online=False), retain=True)
+            self._transport.publish(*offline(self._fleet, self._name), retain=True)
             self._transport.flush(10.0)
 
     def _take_part(self, stop: Callable[[], bool], poll: float) -> None:
@@ -134,12 +123,15 @@ class Client:
                 self.handle(delivery)
             if self._transport.sessions != sessions:
                 sessions = self._transport.sessions
-                self._transport.publish(*_presence(self._fleet, self._name, online=True), retain=True)
+                self._transport.publish(*online(self._identity, self._transport.sessions), retain=True)
                 self._apply(agent.Repeat())
             elif self._clock() - self._heard >= REPEAT_SECONDS and self._transport.flush(0.0):
                 # Nothing of ours is still on its way, so the silence is not that of a slow link.
                 self._heard = self._clock()
                 self._apply(agent.Repeat())
+
+    def _pauses(self, reason: str) -> None:
+        self._report("paused", detail=reason[:1024])
 
     def handle(self, delivery: Delivery) -> None:
         """Take one delivery. Nonsense is said and dropped; the device goes on."""
@@ -189,6 +181,8 @@ class Client:
                 self._disk.adopt(run)
             case agent.Finish(directive):
                 self._working("making its personal adapter", lambda: self._finish(directive))
+            case agent.Wait(refusal):
+                self._say(f"the server cannot take this now and is asked again: {refusal.reason}")
             case agent.Leave(refusal):
                 if refusal is not None:
                     raise _refused(refusal)
@@ -223,18 +217,7 @@ class Client:
         # What made the plan smaller is said once, with the plan that it led to.
         why, self._stepped_down = self._stepped_down, ""
         self._report("planned", detail="; ".join(filter(None, (intro.plan, why)))[:1024])
-        return agent.Planned(
-            Hello(
-                client=self._name,
-                base=intro.base,
-                examples=intro.examples,
-                groups=group(intro.slot),
-                device=intro.device[:256],
-                precision=intro.precision,
-                plan=intro.plan[:1024],
-                software=intro.software[:256],
-            )
-        )
+        return agent.Planned(hello_of(self._name, intro))
 
     def _fetch(self, directive: Directive) -> None:
         held = max(self._planned.held.values(), default=0)
@@ -309,7 +292,7 @@ class Client:
         )
         payload = codec.encode(result.change, directive.codec)
         offer = Offer(
-            client=self._name, round=directive.round, version=directive.version,
+            client=self._name, run=directive.run, round=directive.round, version=directive.version,
             blob=blobs.describe(payload, self._chunk_bytes), examples=result.examples,
             loss_first=result.loss_first, loss_last=result.loss_last,
         )  # fmt: skip
@@ -354,8 +337,23 @@ class Client:
             return  # settled in the meantime
         chunks = blobs.split(outbox[1], offer.blob.chunk_bytes)
         for index in blobs.from_ranges(ranges, len(chunks)):
-            self._transport.publish(topics.upload(self._fleet, self._name, offer.blob.sha256, index), chunks[index])
+            topic = topics.upload(self._fleet, self._name, offer.blob.sha256, index)
+            try:
+                self._transport.publish(topic, chunks[index])
+            except TooLargeError as error:
+                self._recut(*outbox, error)
+                return
             self._heard = self._clock()
+
+    def _recut(self, offer: Offer, payload: bytes, error: TooLargeError) -> None:
+        """Offer the same update in chunks that the broker takes."""
+        self._chunk_bytes = blobs.smaller(min(self._chunk_bytes, offer.blob.chunk_bytes), self._transport.largest)
+        if not self._chunk_bytes:
+            raise error
+        self._say(f"{error}; the update is offered in chunks of {self._chunk_bytes} bytes instead")
+        offer = offer.model_copy(update={"blob": blobs.describe(payload, self._chunk_bytes)})
+        self._disk.put_outbox(offer, payload)
+        self._apply(agent.Recut(offer))
 
     def _publish(self, message: Message) -> None:
         self._transport.publish(topics.up(self._fleet, self._name), dump(message))
@@ -373,16 +371,6 @@ class Client:
             **facts,
         )
         self._publish(report)
-
-
-def will(fleet: str, client: str) -> Will:
-    """The last will of a device: its retained status becomes "offline"."""
-    return Will(*_presence(fleet, client, online=False))
-
-
-def _presence(fleet: str, client: str, *, online: bool) -> tuple[str, bytes]:
-    presence = Presence(client=client, state="online" if online else "offline")
-    return topics.status(fleet, client), dump(presence)
 
 
 def _refused(refusal: Rejected) -> EdgeRuntimeError:

@@ -135,7 +135,7 @@ class Wire(Section):
     chunk_bytes: Annotated[int, Field(ge=1024, le=8 << 20)] = 120 * 1024
     band_edges: tuple[Positive, ...] = (4, 8, 16, 32, 64, 128)
     max_upload_bytes: Positive = 256 << 20
-    """Largest update that the server will stage."""
+    """Largest update that the server will stage: the bound of each device."""
 
 
 class Device(Section):
@@ -183,6 +183,10 @@ class Device(Section):
     eval_examples: Positive = 24
     """Held-out examples that are really evaluated, at most."""
     max_examples: Positive | None = None
+    max_upload_rate: Positive | None = None
+    """Bytes a second that this device sends to the broker, on average; no limit when absent."""
+    max_download_rate: Positive | None = None
+    """Bytes a second that it reads from the broker, on average."""
     checkpoint_steps: Positive = 10
     """Optimiser steps between two writes of a round's state: what a kill costs at most."""
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
@@ -217,9 +221,21 @@ class Governor(Section):
 
 
 class Server(Section):
-    """The server's own disk."""
+    """The server's own disk, and what it bears from devices."""
 
     store: Path = Path("edge-server")
+    max_staged_bytes: Positive = 4 << 30
+    """Bytes of all uploads under way together; who comes when they are taken is told to offer again later."""
+    upload_timeout: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds without a new chunk after which an upload gives its room to another that needs it."""
+    max_members: Positive = 1000
+    """Devices that may say hello."""
+    max_examples: Positive = 1_000_000
+    """Largest weight that an update may claim."""
+    max_norm_ratio: Annotated[float, Field(gt=1)] = 20.0
+    """An update that moves the model this many times as far as the median of the accepted ones is refused."""
+    max_update_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest Frobenius norm of the change of all layers together; no such limit when absent."""
 
 
 class Config(Section):

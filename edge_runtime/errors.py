@@ -21,7 +21,8 @@ A message says what was expected, what was found and what to do, in one line whe
     │   ├── QuorumError                  too few updates before progress stopped
     │   └── RejectedError                the server refused this device
     ├── ExportError                 15   an artefact that could not be written or does not agree with the live model
-    └── MissingExtraError           16   a library of an optional extra is not installed
+    ├── MissingExtraError           16   a library of an optional extra is not installed
+    └── DiskFullError               17   no room on the disk; what was stored is kept
 
 Ctrl-C and SIGTERM end a process with 130, as shells expect.
 """
@@ -130,6 +131,12 @@ class MissingExtraError(EdgeRuntimeError):
     """A library of an optional extra is missing; says which extra to install."""
 
     exit_code = 16
+
+
+class DiskFullError(EdgeRuntimeError):
+    """There is no room for a write; nothing of it happened, what was stored is kept, and it may be tried again."""
+
+    exit_code = 17
 
 
 def missing_extra(library: str, extra: str) -> MissingExtraError:

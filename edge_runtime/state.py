@@ -8,12 +8,15 @@ that plans must stay below.
 from __future__ import annotations
 
 import json
+import secrets
 import sqlite3
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.errors import ConfigError
+from edge_runtime.database import transaction
+from edge_runtime.errors import ConfigError, DiskFullError
 from edge_runtime.wire.messages import Offer
 
 SCHEMA = """
@@ -23,12 +26,23 @@ CREATE TABLE IF NOT EXISTS bands  (sha256 TEXT PRIMARY KEY, payload BLOB NOT NUL
 """
 
 
-OF_THE_DEVICE = ("memory_ceiling", "unfinished")
+OF_THE_DEVICE = ("memory_ceiling", "unfinished", "instance")
 """Facts about this device and no fleet: they outlive the fleet's life."""
 
 
+Statement = tuple[str, tuple[Any, ...]]
+"""SQL, and the values of its marks."""
+
+
 class DeviceState:
-    """The device's memory. One process opens it at a time; a second one is refused."""
+    """The device's memory. One process opens it at a time; a second one is refused.
+
+    Attributes:
+        on_full: told when a write does not fit, of which nothing has happened then. It returns for another try, once
+            there may be room, or raises; by default it raises the DiskFullError that it was given.
+    """
+
+    on_full: Callable[[DiskFullError], None]
 
     def __init__(self, folder: Path) -> None:
         """Open, or create, the state in a folder.
@@ -36,9 +50,11 @@ class DeviceState:
         Raises:
             ConfigError: the folder cannot be written, or another process has the state open.
         """
+        self.on_full = _raise
+        self._path = folder / "device.db"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(folder / "device.db", timeout=2.0, isolation_level=None)
+            self._db = sqlite3.connect(self._path, timeout=2.0, isolation_level=None)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             # Held until close: two clients with one outbox would answer for each other.
@@ -52,6 +68,15 @@ class DeviceState:
                 f"a device state was expected in {folder}, which cannot be used ({error}); "
                 "stop the other client, or choose another folder with --state-dir"
             ) from error
+
+    @property
+    def instance(self) -> str:
+        """Names this folder, however its device is called: when it was first used, and a word by chance."""
+        found = self.fact("instance")
+        if found is None:
+            found = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
+            self.put_fact("instance", found)
+        return str(found)
 
     @property
     def run(self) -> str:
@@ -71,23 +96,21 @@ class DeviceState:
 
     def put_outbox(self, offer: Offer, payload: bytes) -> None:
         """Keep an update until `settle`."""
-        self._db.execute("INSERT OR REPLACE INTO outbox VALUES (1, ?, ?)", (offer.model_dump_json(), payload))
+        self._write(("INSERT OR REPLACE INTO outbox VALUES (1, ?, ?)", (offer.model_dump_json(), payload)))
 
     def settle(self, round_number: int) -> None:
         """Empty the outbox and remember the round: both or neither."""
-        self._db.execute("BEGIN IMMEDIATE")
-        self._db.execute("DELETE FROM outbox")
-        self._put("settled", max(round_number, self.settled))
-        self._db.execute("COMMIT")
+        self._write(("DELETE FROM outbox", ()), _fact("settled", max(round_number, self.settled)))
 
     def adopt(self, run: str) -> None:
         """Begin another life of the fleet: what belonged to the former one is forgotten."""
-        self._db.execute("BEGIN IMMEDIATE")
-        for table in ("outbox", "bands"):
-            self._db.execute(f"DELETE FROM {table}")  # noqa: S608  the names are the two literals above
-        self._db.execute("DELETE FROM facts WHERE name NOT IN (?, ?)", OF_THE_DEVICE)
-        self._put("run", run)
-        self._db.execute("COMMIT")
+        marks = ",".join("?" * len(OF_THE_DEVICE))
+        self._write(
+            ("DELETE FROM outbox", ()),
+            ("DELETE FROM bands", ()),
+            (f"DELETE FROM facts WHERE name NOT IN ({marks})", OF_THE_DEVICE),  # noqa: S608  only marks
+            _fact("run", run),
+        )
 
     def fact(self, name: str) -> Any:
         """A small fact, or None."""
@@ -96,7 +119,7 @@ class DeviceState:
 
     def put_fact(self, name: str, value: Any) -> None:
         """Remember a JSON-able fact."""
-        self._put(name, value)
+        self._write(_fact(name, value))
 
     def band(self, sha256: str) -> bytes | None:
         """A fetched band."""
@@ -105,16 +128,33 @@ class DeviceState:
 
     def put_band(self, sha256: str, payload: bytes) -> None:
         """Keep a fetched band."""
-        self._db.execute("INSERT OR REPLACE INTO bands VALUES (?, ?)", (sha256, payload))
+        self._write(("INSERT OR REPLACE INTO bands VALUES (?, ?)", (sha256, payload)))
 
     def keep_bands(self, wanted: Collection[str]) -> None:
         """Forget all bands but these."""
         marks = ",".join("?" * len(wanted))
-        self._db.execute(f"DELETE FROM bands WHERE sha256 NOT IN ({marks})", tuple(wanted))  # noqa: S608  only marks
+        self._write((f"DELETE FROM bands WHERE sha256 NOT IN ({marks})", tuple(wanted)))  # noqa: S608  only marks
 
     def close(self) -> None:
         """Close the file; another client may open it."""
         self._db.close()
 
-    def _put(self, name: str, value: Any) -> None:
-        self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
+    def _write(self, *statements: Statement) -> None:
+        """All of them or none; where there is no room, what `on_full` says."""
+        while True:
+            try:
+                with transaction(self._db, self._path):
+                    for statement, values in statements:
+                        self._db.execute(statement, values)
+            except DiskFullError as error:
+                self.on_full(error)
+            else:
+                return
+
+
+def _fact(name: str, value: Any) -> Statement:
+    return "INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value))
+
+
+def _raise(error: DiskFullError) -> None:
+    raise error

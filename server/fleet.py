@@ -15,10 +15,14 @@ class Member(Model):
     Attributes:
         hello: its last hello: base, examples, slot.
         online: what its retained presence says; a broker may be late with it.
+        seen: (instance, session) of its last presences, the latest last; see `rival`.
+        returns: how often one instance took the name back from another since a new one came.
     """
 
     hello: Hello
     online: bool = True
+    seen: tuple[tuple[str, int], ...] = ()
+    returns: int = 0
 
 
 def admit(members: Mapping[str, Member], base: str | None, hello: Hello) -> Rejected | None:
@@ -44,6 +48,44 @@ def admit(members: Mapping[str, Member], base: str | None, hello: Hello) -> Reje
             )
         break  # all members agree with the first
     return None
+
+
+def crowded(members: Mapping[str, Member], hello: Hello, most: int) -> Rejected | None:
+    """Why a new device must wait: the fleet has as many as it takes, and what it remembers of each costs memory."""
+    if hello.client in members or len(members) < most:
+        return None
+    reason = f"this fleet takes {most} devices and has as many; raise [server] max_members"
+    return Rejected(code="fleet-full", reason=reason)
+
+
+def rival(member: Member, instance: str, session: int) -> tuple[Member, Rejected | None]:
+    """The member after one of its devices came online, and what to tell if there are two of that name.
+
+    A broker lets one client id in once: of two devices with one name each throws the other out, for ever. A process
+    that ended never comes back (`instance` is new in each), so two that have each come back with a *later* session
+    are both alive. The one whose instance sorts first goes on, which is the one whose folder, or process, is older;
+    the refusal names the other and is for it alone.
+
+    Args:
+        member: as it was.
+        instance: who came online; empty for a device that does not say.
+        session: which connection of that process it is, from 1; repeated messages repeat it.
+    """
+    known = dict(member.seen)
+    if not instance or session <= known.get(instance, 0):
+        return member, None
+    last = member.seen[-1][0] if member.seen else instance
+    returns = 0 if instance not in known else member.returns + (last != instance)
+    others = tuple(life for life in member.seen if life[0] != instance)
+    member = member.model_copy(update={"seen": (*others[-3:], (instance, session)), "returns": returns})
+    if returns < 2 or last == instance:
+        return member, None
+    return member, Rejected(
+        code="duplicate",
+        reason=f"another device of this fleet is called '{member.hello.client}', and it was there before this one; "
+        "give this one another --name",
+        instance=max(instance, last),
+    )
 
 
 def choose(members: Mapping[str, Member], fraction: float, round_number: int, seed: int) -> tuple[str, ...]:

@@ -16,15 +16,13 @@ from typing import Literal
 from pydantic import Field
 
 from edge_runtime.wire.messages import Accepted, Hello, Message, Model, Name, Offer, Rejected, Report, Welcome
-from server.fleet import Member, admit, choose, ranking
-
-MAX_CHUNKS = 1 << 18
-"""Chunks of an update, at most: lists of them must stay small whatever a device offers."""
+from server import offers
+from server.fleet import Member, admit, choose, crowded, ranking, rival
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What the fleet's file says about rounds; see `edge_runtime.config.Rounds`."""
+    """What the fleet's file says about rounds; see `edge_runtime.config.Rounds` and `Server`."""
 
     fleet: str
     num_rounds: int
@@ -34,6 +32,8 @@ class Policy:
     progress_timeout: float
     pause_timeout: float
     max_upload_bytes: int
+    max_examples: int
+    max_members: int
     seed: int
 
 
@@ -83,6 +83,8 @@ class PresenceChanged:
 
     client: str
     online: bool
+    instance: str = ""
+    session: int = 0
 
 
 @dataclass(frozen=True)
@@ -192,8 +194,8 @@ def step(state: State, event: Event, now: float, policy: Policy) -> tuple[State,
             state, actions = _report(state, report, now)
             if not _moves(state, report, now, policy):
                 return _advance(state, actions, now, policy)
-        case PresenceChanged(client, online):
-            state, actions = _presence(state, client, policy, online=online)
+        case PresenceChanged() as presence:
+            state, actions = _presence(state, presence, policy)
             return _advance(state, actions, now, policy)
         case Stored(offer):
             state, actions = _stored(state, offer)
@@ -210,16 +212,17 @@ def step(state: State, event: Event, now: float, policy: Policy) -> tuple[State,
 
 
 def _hello(state: State, hello: Hello, policy: Policy) -> tuple[State, list[Action]]:
-    refusal = admit(state.members, state.base, hello)
+    refusal = admit(state.members, state.base, hello) or crowded(state.members, hello, policy.max_members)
     if refusal:
         return state, [Reply(hello.client, refusal), Note(f"refused '{hello.client}': {refusal.reason}")]
-    known = hello.client in state.members
-    members = {**state.members, hello.client: Member(hello=hello)}
+    before = state.members.get(hello.client)
+    member = before.model_copy(update={"hello": hello, "online": True}) if before else Member(hello=hello)
+    members = {**state.members, hello.client: member}
     # A device that failed and is back takes part again.
     ended = {name: report for name, report in state.ended.items() if name != hello.client or report.state == "done"}
     state = state.model_copy(update={"members": members, "base": hello.base, "ended": ended})
     actions: list[Action] = [Reply(hello.client, Welcome(client=hello.client, fleet=policy.fleet))]
-    if not known:
+    if before is None:
         actions.append(Note(f"'{hello.client}' joined: {hello.device}; {hello.plan}"))
     return _asked_too(state, hello.client, policy), actions
 
@@ -237,36 +240,16 @@ def _not_asked(state: State, client: str) -> State:
 
 
 def _offer(state: State, offer: Offer, policy: Policy) -> tuple[State, list[Action]]:
-    sha = offer.blob.sha256
-    refusal: Rejected | None = None
-    if state.stored.get(offer.client) == sha:
-        return state, [Reply(offer.client, Accepted(sha256=sha, round=offer.round))]
+    if state.stored.get(offer.client) == offer.blob.sha256:
+        return state, [Reply(offer.client, Accepted(sha256=offer.blob.sha256, round=offer.round))]
     if offer.client in state.members and offer.round == state.round:
         state = _asked_too(state, offer.client, policy)
-    if offer.client not in state.members:
-        refusal = Rejected(code="unknown-client", reason="say hello first", sha256=sha)
-    elif state.phase != "train" or offer.round != state.round or offer.client not in state.asked:
-        refusal = Rejected(
-            code="round-closed",
-            reason=f"round {offer.round} takes no update of yours; the fleet is in phase '{state.phase}', "
-            f"round {state.round}; follow the current directive",
-            sha256=sha,
-        )
-    elif offer.client in state.stored:
-        refusal = Rejected(code="round-closed", reason="another update of yours is stored already", sha256=sha)
-    elif offer.version != state.version:
-        refusal = Rejected(
-            code="round-closed", reason=f"trained from version {offer.version}, not {state.version}", sha256=sha
-        )
-    elif offer.blob.size > policy.max_upload_bytes or offer.blob.chunks > MAX_CHUNKS:
-        refusal = Rejected(
-            code="too-large",
-            reason=f"an update has at most {policy.max_upload_bytes} bytes in {MAX_CHUNKS} chunks; this one has "
-            f"{offer.blob.size} in {offer.blob.chunks}; use a smaller rank, a leaner codec or larger chunks",
-            sha256=sha,
-        )
+    refusal = offers.refusal(state, offer, policy)
+    if refusal is None:
+        return state, [Stage(offer)]
+    if refusal.code in {"too-large", "examples"}:
         state = _not_asked(state, offer.client)
-    return (state, [Reply(offer.client, refusal)]) if refusal else (state, [Stage(offer)])
+    return state, [Reply(offer.client, refusal)]
 
 
 def _refused(state: State, offer: Offer, reply: Rejected) -> tuple[State, list[Action]]:
@@ -308,15 +291,25 @@ def _going_on(state: State, client: str) -> State:
     return state.model_copy(update={"paused": {name: at for name, at in state.paused.items() if name != client}})
 
 
-def _presence(state: State, client: str, policy: Policy, *, online: bool) -> tuple[State, list[Action]]:
-    member = state.members.get(client)
-    if member is None or member.online == online:
+def _presence(state: State, heard: PresenceChanged, policy: Policy) -> tuple[State, list[Action]]:
+    before = state.members.get(heard.client)
+    if before is None:
         return state, []
-    members = {**state.members, client: member.model_copy(update={"online": online})}
-    state = _going_on(state.model_copy(update={"members": members}), client)
-    if online:
-        state = _asked_too(state, client, policy)
-    return state, [Note(f"'{client}' is {'online' if online else 'offline'}")]
+    actions: list[Action] = []
+    member = before.model_copy(update={"online": heard.online})
+    if heard.online:
+        member, refusal = rival(member, heard.instance, heard.session)
+        if refusal is not None:
+            actions = [Reply(heard.client, refusal), Note(f"two devices are called '{heard.client}'")]
+    if member == before:
+        return state, actions
+    state = state.model_copy(update={"members": {**state.members, heard.client: member}})
+    if member.online == before.online:
+        return state, actions
+    state = _going_on(state, heard.client)
+    if heard.online:
+        state = _asked_too(state, heard.client, policy)
+    return state, [*actions, Note(f"'{heard.client}' is {'online' if heard.online else 'offline'}")]
 
 
 def _stored(state: State, offer: Offer) -> tuple[State, list[Action]]:

@@ -14,14 +14,12 @@ from typing import Any, Literal
 from threadpoolctl import threadpool_limits
 
 from edge_runtime.config import Config
-from edge_runtime.errors import AggregationError, CorruptPayloadError, WireError
+from edge_runtime.errors import AggregationError, CorruptPayloadError, DiskFullError, WireError
 from edge_runtime.lora.adapter import Adapter
 from edge_runtime.lora.algebra import changed, take
-from edge_runtime.trainer import AdapterSpec, Training
 from edge_runtime.wire import bands, blobs, codec, topics
 from edge_runtime.wire.messages import (
     Band,
-    Directive,
     Hello,
     Message,
     Need,
@@ -34,18 +32,13 @@ from edge_runtime.wire.messages import (
     ungroup,
 )
 from edge_runtime.wire.transport import Delivery, Transport
-from server import aggregators, rounds
+from server import aggregators, rounds, screening
 from server.aggregators.method import Update, load_state, save_state
+from server.directing import directive_of
+from server.journal import Journal
+from server.shortage import Shortage
+from server.staging import Staging
 from server.store import Store, StoredVersion
-
-ASKS: Mapping[str, Literal["gather", "train", "finish"]] = {
-    "gather": "gather",
-    "train": "train",
-    "merging": "train",
-    "finish": "finish",
-    "over": "finish",
-}
-"""Phase of the rounds → what a Directive asks of a device."""
 
 
 class Service:
@@ -56,7 +49,7 @@ class Service:
         transport: connected to the fleet's broker.
         store: opened.
         say: told a sentence for people whenever something happens.
-        record: given one JSON-able mapping for each event worth measuring.
+        record: given one JSON-able mapping for each event worth measuring; see `server.journal`.
         clock: seconds, monotonic; an argument so that tests own the time.
 
     Raises:
@@ -74,7 +67,7 @@ class Service:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._transport, self._store = config, transport, store
-        self._say, self._record, self._clock = say, record, clock
+        self._say, self._clock = say, clock
         extra = config.aggregator.model_extra or {}
         self._method = aggregators.build(config.aggregator.method, **extra)
         self._rank = config.aggregator.rank or self._method.server_rank(config.adapter.max_rank)
@@ -83,9 +76,16 @@ class Service:
         self._policy = rounds.Policy(
             fleet=config.fleet.name,
             max_upload_bytes=config.wire.max_upload_bytes,
+            max_examples=config.server.max_examples,
+            max_members=config.server.max_members,
             seed=config.training.seed,
             **config.rounds.model_dump(),
         )
+        own = config.server
+        self._journal = Journal(store, record, say)
+        self._staging = Staging(store, clock, most=own.max_staged_bytes, timeout=own.upload_timeout)
+        self._limits = screening.Limits(own.max_norm_ratio, own.max_update_norm)
+        self._shortage = Shortage(clock, say)
         self._fleet = config.fleet.name
         self._decoded: tuple[int, Adapter] | None = None
         saved = store.rounds()
@@ -108,7 +108,8 @@ class Service:
         ):
             self._transport.subscribe(pattern)
         self._store.save_rounds(self._state.model_dump_json())
-        self._perform(self._pending)
+        self._journal.write()
+        self._do(self._pending)
         sessions, ticked = self._transport.sessions, self._clock()
         while not stop() and self._state.phase != "over":
             delivery = self._transport.receive(poll)
@@ -117,38 +118,86 @@ class Service:
             if self._transport.sessions != sessions:
                 # A broker that came back may have forgotten what it retained.
                 sessions = self._transport.sessions
-                self._perform([rounds.Announce()])
+                self._do([rounds.Announce()])
             if self._clock() - ticked >= poll:
                 ticked = self._clock()
-                self._apply(rounds.Tick())
+                self.tick()
         self._transport.flush(10.0)
+        self._say(self._journal.summary)
         return self._state
+
+    def tick(self) -> None:
+        """Time passed. While the disk is full, nothing is decided by it: it is not the devices that do not move."""
+        try:
+            if self._shortage.lasts:
+                self._state = self._state.model_copy(update={"progress_at": self._clock()})
+                if self._shortage.due:
+                    self._look_for_room()
+                return
+            self._apply(rounds.Tick())
+            self._journal.write()
+        except DiskFullError as error:
+            self._shortage.found(error)
+
+    def _look_for_room(self) -> None:
+        """Do again what a full disk may have prevented, if that is possible now."""
+        self._shortage.looked()
+        self._store.save_rounds(self._state.model_dump_json())
+        self._journal.write()
+        self._perform(rounds.resume(self._state, self._clock())[1])
+        for delivery in self._shortage.ended():
+            self.handle(delivery)
 
     def handle(self, delivery: Delivery) -> None:
         """Take one delivery: store what it says, acknowledge it, answer it. Nonsense is noted and dropped."""
         topic = topics.parse(self._fleet, delivery.topic)
         event: rounds.Event | None = None
         try:
-            if topic is not None and topic.kind == "upload":
-                event = self._chunk(topic, delivery.payload)
-            elif topic is not None and topic.kind in {"up", "status"} and delivery.payload:
-                event = self._message(topic.client, load(delivery.payload))
-        except WireError as error:
-            self._say(f"dropped a message on {delivery.topic}: {error}")
-        if event is not None:
-            self._apply(event)  # not within the try: what goes wrong in our own work is no nonsense from outside
+            event = self._event(topic, delivery) if topic is not None else None
+            if event is not None:
+                self._apply(event)
+                self._journal.write()
+        except DiskFullError as error:
+            self._shortage.found(error)
+            if isinstance(event, rounds.PresenceChanged) or _is_report(event):
+                self._shortage.hold(delivery)  # nobody says it again
+                return
+            if topic is not None and topic.client in self._state.members:
+                refusal = self._shortage.refusal(topic.client, _named(topic, event))
+                self._perform([rounds.Reply(topic.client, refusal)] if refusal else [])
         delivery.ack()
+
+    def _do(self, actions: list[rounds.Action]) -> None:
+        """Perform what a full disk may put off."""
+        try:
+            self._perform(actions)
+        except DiskFullError as error:
+            self._shortage.found(error)
+
+    def _event(self, topic: topics.Topic, delivery: Delivery) -> rounds.Event | None:
+        """What a delivery says; what says nothing is noted, and told whoever is said to have sent it."""
+        try:
+            if topic.kind == "upload":
+                return self._chunk(topic, delivery.payload)
+            if topic.kind in {"up", "status"} and delivery.payload:
+                return self._message(topic.client, load(delivery.payload))
+        except WireError as error:
+            self._journal.dropped(f"dropped a message on {delivery.topic}: {error}")
+            if topic.kind == "up" and topic.client in self._state.members:
+                refusal = Rejected(code="malformed", reason=str(error)[:1024])
+                self._transport.publish(topics.down(self._fleet, topic.client), dump(refusal))
+        return None
 
     def _message(self, client: str, message: Message) -> rounds.Event:
         match message:
             case Hello() | Offer() | Report() if message.client == client:
-                if isinstance(message, Report):
-                    self._record({"event": "report", **message.model_dump(mode="json", exclude_none=True)})
+                if isinstance(message, Report) and client in self._state.members:
+                    self._journal.note({"event": "report", **message.model_dump(mode="json", exclude_none=True)})
                 elif isinstance(message, Hello):
                     ungroup(message.groups)  # raises for a slot that cannot be
                 return rounds.Heard(message)
             case Presence() if message.client == client:
-                return rounds.PresenceChanged(client, message.state == "online")
+                return rounds.PresenceChanged(client, message.state == "online", message.instance, message.session)
             case _:
                 raise CorruptPayloadError(f"a {message.type} is not what '{client}' may say here")
 
@@ -160,24 +209,37 @@ class Service:
             raise CorruptPayloadError(
                 f"chunk {topic.chunk} of {topic.digest[:12]} has {len(payload)} bytes, which is wrong"
             )
-        have = self._store.add_chunk(offer, topic.chunk, payload)
-        return rounds.Moved(offer if not blobs.missing(offer.blob, have) else None)
+        new, have = self._staging.add(offer, topic.chunk, payload)
+        whole = not blobs.missing(offer.blob, have)
+        # A device that only repeats a chunk must not hold up the round for ever.
+        return rounds.Moved(offer if whole else None) if new or whole else None
 
     def _complete(self, offer: Offer) -> None:
         """All chunks of an upload are here: check it as a whole, make it an update, or refuse it."""
         try:
             payload = blobs.join(offer.blob, self._store.chunks(offer))
-            self._update(offer, payload)
+            update = self._update(offer, payload)
+            with threadpool_limits(1):
+                norm = screening.moved(update.received, update.trained)
         except (WireError, AggregationError) as error:
-            self._store.drop_upload(offer)
-            reply = Rejected(code="corrupt", reason=str(error)[:1024], sha256=offer.blob.sha256)
-            self._apply(rounds.Refused(offer, reply))
+            self._refuse(offer, "corrupt", str(error))
             return
-        self._record(
-            {"event": "update", "round": offer.round, "client": offer.client, "bytes": offer.blob.size,
-             "examples": offer.examples, "loss_first": offer.loss_first, "loss_last": offer.loss_last}
-        )  # fmt: skip
-        self._apply(rounds.Stored(offer), lambda state: self._store.accept(offer, payload, state))
+        problem = screening.absurd(norm, self._store.norms(offer.round), self._limits)
+        if problem:
+            self._refuse(offer, "norm", problem)
+            return
+        event = {
+            "event": "update", "round": offer.round, "client": offer.client, "bytes": offer.blob.size,
+            "examples": offer.examples, "loss_first": offer.loss_first, "loss_last": offer.loss_last, "norm": norm,
+        }  # fmt: skip
+        self._apply(
+            rounds.Stored(offer),
+            lambda state: self._store.accept(offer, payload, state, norm=norm, event=event),
+        )
+
+    def _refuse(self, offer: Offer, code: Literal["corrupt", "norm"], reason: str) -> None:
+        self._store.drop_upload(offer)
+        self._apply(rounds.Refused(offer, Rejected(code=code, reason=reason[:1024], sha256=offer.blob.sha256)))
 
     def _update(self, offer: Offer, payload: bytes) -> Update:
         """What the method merges: the slice as the device decoded it, and as it left it.
@@ -226,20 +288,29 @@ class Service:
         for action in actions:
             match action:
                 case rounds.Reply(client, message):
+                    if isinstance(message, Rejected):
+                        self._journal.refused(message.code)
                     self._transport.publish(topics.down(self._fleet, client), dump(message))
                 case rounds.Stage(offer):
-                    lacking = blobs.missing(offer.blob, self._store.offered(offer))
-                    if lacking:
-                        need = Need(sha256=offer.blob.sha256, ranges=blobs.as_ranges(lacking)[:4096])
-                        self._transport.publish(topics.down(self._fleet, offer.client), dump(need))
-                    else:
-                        self._complete(offer)
+                    self._stage(offer)
                 case rounds.Merge(number):
                     self._merge(number)
                 case rounds.Announce():
                     self._announce()
                 case rounds.Note(text):
                     self._say(text)
+
+    def _stage(self, offer: Offer) -> None:
+        have = self._staging.begin(offer)
+        if isinstance(have, Rejected):
+            self._perform([rounds.Reply(offer.client, have)])
+            return
+        lacking = blobs.missing(offer.blob, have)
+        if lacking:
+            need = Need(sha256=offer.blob.sha256, ranges=blobs.as_ranges(lacking)[:4096])
+            self._transport.publish(topics.down(self._fleet, offer.client), dump(need))
+        else:
+            self._complete(offer)
 
     def _updates(self, number: int) -> Iterator[Update]:
         for offer, payload in self._store.updates(number):
@@ -255,14 +326,17 @@ class Service:
             merged = self._method.combine(load_state(base.state), self._updates(number))
         version, payloads = self._cut(self._state.version + 1, save_state(merged.state), merged.state.adapter)
         lost = sum(layer.lost**2 for layer in merged.layers.values()) ** 0.5
-        self._record(
-            {"event": "merge", "round": number, "version": version.version, "truncation": merged.truncation,
-             "lost": lost, "norm": sum(layer.norm**2 for layer in merged.layers.values()) ** 0.5,
-             "seconds": self._clock() - started, "band_bytes": [len(payload) for payload in payloads],
-             "layers": {name: vars(layer) for name, layer in merged.layers.items()}}
-        )  # fmt: skip
+        event = {
+            "event": "merge", "round": number, "version": version.version, "truncation": merged.truncation,
+            "lost": lost, "norm": sum(layer.norm**2 for layer in merged.layers.values()) ** 0.5,
+            "seconds": self._clock() - started, "band_bytes": [len(payload) for payload in payloads],
+            "layers": {name: vars(layer) for name, layer in merged.layers.items()},
+        }  # fmt: skip
         self._say(f"round {number}: merged into version {version.version}, truncation error {merged.truncation:.2%}")
-        self._apply(rounds.MergeDone(version.version), lambda state: self._store.save_version(version, payloads, state))
+        self._apply(
+            rounds.MergeDone(version.version),
+            lambda state: self._store.save_version(version, payloads, state, event),
+        )
         # The version before the last one has no reader left: its devices were answered when their round closed.
         for ref in self._store.retire(version.version - 2):
             for chunk in range(ref.chunks):
@@ -300,25 +374,16 @@ class Service:
                 for index, chunk in enumerate(blobs.split(payload or b"", band.blob.chunk_bytes)):
                     topic = topics.broadcast(self._fleet, band.blob.sha256, index)
                     self._transport.publish(topic, chunk, retain=True)
-        self._transport.publish(topics.directive(self._fleet), dump(self._directive(cut)), retain=True)
+        asked = directive_of(self._config, self._state, cut, rank=self._rank, hold_more=self._method.hold_more)
+        self._transport.publish(topics.directive(self._fleet), dump(asked), retain=True)
 
-    def _directive(self, cut: tuple[Band, ...]) -> Directive:
-        config, state = self._config, self._state
-        phase = ASKS[state.phase]
-        steps = config.training.personal_steps if phase == "finish" else config.training.max_steps
-        training = config.training.model_dump(exclude={"personal_steps", "max_steps"})
-        everybody = self._policy.fraction_train == 1.0 or ASKS[state.phase] != "train"
-        return Directive(
-            fleet=self._fleet,
-            run=state.run,
-            phase=phase,
-            round=state.round,
-            version=state.version,
-            num_rounds=self._policy.num_rounds,
-            base=state.base,
-            adapter=AdapterSpec(**config.adapter.model_dump(), max_held=self._rank, hold_more=self._method.hold_more),
-            training=Training(max_steps=steps, **training),
-            bands=cut,
-            participants=None if everybody else state.asked,
-            codec=config.wire.codec_up,
-        )
+
+def _is_report(event: rounds.Event | None) -> bool:
+    return isinstance(event, rounds.Heard) and isinstance(event.message, Report)
+
+
+def _named(topic: topics.Topic, event: rounds.Event | None) -> str:
+    """The blob that a delivery was about, or ''."""
+    if isinstance(event, rounds.Heard) and isinstance(event.message, Offer):
+        return event.message.blob.sha256
+    return topic.digest if topic.kind == "upload" else ""

@@ -1,33 +1,33 @@
-"""Durable state of a fleet's server: one SQLite file in WAL mode. What `commit` returned from is on disk.
+"""Durable state of a fleet's server: one SQLite file in WAL mode. What a method returned from is on disk.
 
 Tables: `rounds` (the state machine as JSON, one row), `versions` (merged state and its bands), `blobs` (broadcast
-payloads), `updates` (accepted), `chunks` (uploads under way). A merge, the version that it makes and the state that
-follows are one transaction, so a crash at any point leaves a store from which the service goes on.
+payloads), `updates` (accepted), `offers` and `chunks` (uploads under way), `events` (to be recorded), `refusals`
+(counted). A merge, the version that it makes and the state that follows are one transaction, so a crash at any point
+leaves a store from which the service goes on. The layout and its history: `server.schema`.
+
+Every method that writes raises DiskFullError where there is no room; then nothing of it happened.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from edge_runtime.database import Lock, connect, transaction
 from edge_runtime.errors import ConfigError
-from edge_runtime.wire.blobs import BlobRef
+from edge_runtime.wire.blobs import BlobRef, recut
 from edge_runtime.wire.messages import Band, Offer
+from server import schema
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS rounds   (one INTEGER PRIMARY KEY CHECK (one = 1), state TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS versions (version INTEGER PRIMARY KEY, state BLOB NOT NULL, bands TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS blobs    (sha256 TEXT PRIMARY KEY, payload BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS updates  (round INTEGER, client TEXT, offer TEXT NOT NULL, payload BLOB NOT NULL,
-                                     PRIMARY KEY (round, client));
-CREATE TABLE IF NOT EXISTS offers   (client TEXT PRIMARY KEY, offer TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS chunks   (client TEXT, sha256 TEXT, n INTEGER, payload BLOB NOT NULL,
-                                     PRIMARY KEY (client, sha256, n));
-"""
+FILE, LOCK = "fleet.db", "fleet.lock"
+
+Event = Mapping[str, Any]
+"""Something to be recorded, JSON-able; see `Store.unrecorded`."""
 
 
 @dataclass(frozen=True)
@@ -46,39 +46,35 @@ class StoredVersion:
 
 
 class Store:
-    """The server's memory. One process opens it at a time; a second one is refused."""
+    """The server's memory. One process opens it at a time; a second one is refused.
+
+    Others may read the file meanwhile, as `server.backup` does.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Open, or create, the store in a folder.
+        """Open, or create, the store in a folder; one of an older layout is brought to the newest.
 
         Raises:
-            ConfigError: the folder cannot be written, or another process has the store open.
+            ConfigError: the folder cannot be written, another process has the store open, or a newer version wrote it.
         """
+        self.path = folder / FILE
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(folder / "fleet.db", timeout=2.0, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            # Held until close: two servers on one store would both open rounds.
-            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
-            with self._transaction():
-                for statement in SCHEMA.split(";"):
-                    self._db.execute(statement)
+            self._lock = Lock(folder / LOCK)  # two servers on one store would both open rounds
+            try:
+                self._db = connect(self.path)
+                schema.migrate(self._db)
+            except BaseException:
+                self._lock.release()
+                raise
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(
                 f"a server store was expected in {folder}, which cannot be used ({error}); "
                 "stop the other server, or choose another folder with --store"
             ) from error
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+    def _transaction(self) -> AbstractContextManager[None]:
+        return transaction(self._db, self.path)
 
     def rounds(self) -> str | None:
         """The state of the rounds, as JSON, or None in a new store."""
@@ -90,17 +86,32 @@ class Store:
         with self._transaction():
             self._put_rounds(state)
 
-    def save_version(self, version: StoredVersion, payloads: Sequence[bytes], rounds: str | None = None) -> None:
-        """Remember a version, its bands' payloads and, if given, the rounds' state that follows: all or nothing."""
+    def save_version(
+        self, version: StoredVersion, payloads: Sequence[bytes], rounds: str | None = None, event: Event | None = None
+    ) -> None:
+        """Remember a version, its bands' payloads and, if given, the rounds' state that follows: all or nothing.
+
+        With that state a round closes, so the uploads that are still under way have no use any more and are dropped.
+        """
         with self._transaction():
-            bands = json.dumps([band.model_dump(mode="json") for band in version.bands])
             self._db.execute(
-                "INSERT OR REPLACE INTO versions VALUES (?, ?, ?)", (version.version, version.state, bands)
+                "INSERT OR REPLACE INTO versions VALUES (?, ?, ?)",
+                (version.version, version.state, _bands(version.bands)),
             )
             for band, payload in zip(version.bands, payloads, strict=True):
                 self._db.execute("INSERT OR REPLACE INTO blobs VALUES (?, ?)", (band.blob.sha256, payload))
             if rounds is not None:
                 self._put_rounds(rounds)
+                self._db.execute("DELETE FROM chunks")
+                self._db.execute("DELETE FROM offers")
+            self._put_event(event)
+
+    def recut(self, version: StoredVersion) -> None:
+        """Remember that a version's bands travel in chunks of another size."""
+        with self._transaction():
+            self._db.execute(
+                "UPDATE versions SET bands = ? WHERE version = ?", (_bands(version.bands), version.version)
+            )
 
     def version(self, number: int) -> StoredVersion | None:
         """A version, or None if there is none of that number."""
@@ -139,16 +150,34 @@ class Store:
         return gone
 
     def offered(self, offer: Offer) -> set[int]:
-        """Begin, or go on with, a device's one upload; others are dropped. Returns the chunks that are here."""
+        """Begin, or go on with, a device's one upload; others are dropped. Returns the chunks that are here.
+
+        A blob that is offered again in chunks of another size keeps what is here of it.
+        """
+        known = self.offer_of(offer.client)
+        if known == offer:
+            return self.have(offer)
+        kept: dict[int, bytes] = {}
+        if known is not None and known.blob.sha256 == offer.blob.sha256:
+            kept = recut(self.chunks(known), known.blob, offer.blob)
         with self._transaction():
-            self._db.execute("DELETE FROM chunks WHERE client = ? AND sha256 != ?", (offer.client, offer.blob.sha256))
+            self._db.execute("DELETE FROM chunks WHERE client = ?", (offer.client,))
+            self._db.executemany(
+                "INSERT INTO chunks VALUES (?, ?, ?, ?)",
+                [(offer.client, offer.blob.sha256, index, payload) for index, payload in kept.items()],
+            )
             self._db.execute("INSERT OR REPLACE INTO offers VALUES (?, ?)", (offer.client, offer.model_dump_json()))
-        return self._have(offer)
+        return set(kept)
 
     def offer_of(self, client: str) -> Offer | None:
         """The upload that a device has under way."""
         row = self._db.execute("SELECT offer FROM offers WHERE client = ?", (client,)).fetchone()
         return Offer.model_validate_json(row[0]) if row else None
+
+    def staged(self) -> dict[str, int]:
+        """Device → bytes that its upload under way will take in all."""
+        rows = self._db.execute("SELECT client, offer FROM offers")
+        return {client: Offer.model_validate_json(offer).blob.size for client, offer in rows}
 
     def add_chunk(self, offer: Offer, index: int, payload: bytes) -> set[int]:
         """Store one chunk of an upload; twice is once. Returns the chunks that are here."""
@@ -156,7 +185,14 @@ class Store:
             self._db.execute(
                 "INSERT OR IGNORE INTO chunks VALUES (?, ?, ?, ?)", (offer.client, offer.blob.sha256, index, payload)
             )
-        return self._have(offer)
+        return self.have(offer)
+
+    def have(self, offer: Offer) -> set[int]:
+        """The chunks of an upload that are here."""
+        rows = self._db.execute(
+            "SELECT n FROM chunks WHERE client = ? AND sha256 = ?", (offer.client, offer.blob.sha256)
+        )
+        return {int(n) for (n,) in rows}
 
     def chunks(self, offer: Offer) -> dict[int, bytes]:
         """All chunks of an upload that are here."""
@@ -166,19 +202,30 @@ class Store:
         return {int(n): bytes(payload) for n, payload in rows}
 
     def drop_upload(self, offer: Offer) -> None:
-        """Forget an upload that turned out corrupt."""
+        """Forget an upload: it turned out corrupt, or gave its room to another."""
         with self._transaction():
             self._forget(offer)
 
-    def accept(self, offer: Offer, payload: bytes, rounds: str) -> None:
+    def accept(
+        self, offer: Offer, payload: bytes, rounds: str, *, norm: float | None = None, event: Event | None = None
+    ) -> None:
         """An upload becomes an update, and the state of the rounds says so: all or nothing."""
         with self._transaction():
             self._db.execute(
-                "INSERT OR IGNORE INTO updates VALUES (?, ?, ?, ?)",
-                (offer.round, offer.client, offer.model_dump_json(), payload),
+                "INSERT OR IGNORE INTO updates VALUES (?, ?, ?, ?, ?)",
+                (offer.round, offer.client, offer.model_dump_json(), payload, norm),
             )
             self._forget(offer)
             self._put_rounds(rounds)
+            self._put_event(event)
+
+    def norms(self, round_number: int) -> list[float]:
+        """How far the updates of a round and of the one before it move, as far as they are here."""
+        rows = self._db.execute(
+            "SELECT norm FROM updates WHERE round BETWEEN ? AND ? AND norm IS NOT NULL",
+            (round_number - 1, round_number),
+        )
+        return [float(norm) for (norm,) in rows]
 
     def updates(self, round_number: int) -> Iterator[tuple[Offer, bytes]]:
         """The updates of a round, by device name, one in memory at a time."""
@@ -191,15 +238,32 @@ class Store:
             ).fetchone()
             yield Offer.model_validate_json(offer), bytes(payload)
 
+    def unrecorded(self) -> list[tuple[int, dict[str, Any]]]:
+        """What happened and is not recorded yet, with its number, which is never used again.
+
+        An event is stored in the transaction of what it tells of, so it is there exactly if that happened.
+        """
+        rows = self._db.execute("SELECT n, event FROM events ORDER BY n").fetchall()
+        return [(int(n), json.loads(event)) for n, event in rows]
+
+    def recorded(self, number: int) -> None:
+        """Forget the events up to this one: they are recorded."""
+        with self._transaction():
+            self._db.execute("DELETE FROM events WHERE n <= ?", (number,))
+
+    def refusals(self) -> dict[str, int]:
+        """Code → how often something was refused with it."""
+        return {code: int(count) for code, count in self._db.execute("SELECT code, count FROM refusals ORDER BY code")}
+
+    def save_refusals(self, counts: Mapping[str, int]) -> None:
+        """Remember how often something was refused, in all."""
+        with self._transaction():
+            self._db.executemany("INSERT OR REPLACE INTO refusals VALUES (?, ?)", list(counts.items()))
+
     def close(self) -> None:
         """Close the file; another server may open it."""
         self._db.close()
-
-    def _have(self, offer: Offer) -> set[int]:
-        rows = self._db.execute(
-            "SELECT n FROM chunks WHERE client = ? AND sha256 = ?", (offer.client, offer.blob.sha256)
-        )
-        return {int(n) for (n,) in rows}
+        self._lock.release()
 
     def _forget(self, offer: Offer) -> None:
         self._db.execute("DELETE FROM chunks WHERE client = ?", (offer.client,))
@@ -207,3 +271,11 @@ class Store:
 
     def _put_rounds(self, state: str) -> None:
         self._db.execute("INSERT OR REPLACE INTO rounds VALUES (1, ?)", (state,))
+
+    def _put_event(self, event: Event | None) -> None:
+        if event is not None:
+            self._db.execute("INSERT INTO events (event) VALUES (?)", (json.dumps(event),))
+
+
+def _bands(bands: Sequence[Band]) -> str:
+    return json.dumps([band.model_dump(mode="json") for band in bands])

@@ -156,6 +156,35 @@ def export(
     return verb.run(out, store, version, state_dir, format, base, config, overrides or [])
 
 
+@app.command()
+def backup(
+    out: Annotated[Path, typer.Option(help="File to write; an older one of that name is replaced once it is whole.")],
+    store: Annotated[Path | None, typer.Option(help="A server's store.")] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> int:
+    """A fleet's whole state in one file; its server may run."""
+    from edge_runtime.cli import backup as verb
+
+    return verb.backup(store, out, config, overrides or [])
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(help="What `backup` wrote.")],
+    store: Annotated[Path | None, typer.Option(help="Where the server will look for its store.")] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Even if a store is there; it is kept as fleet.db.before-restore.")
+    ] = False,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> int:
+    """Bring a fleet's state back; devices follow by themselves."""
+    from edge_runtime.cli import backup as verb
+
+    return verb.restore(file, store, config, overrides or [], replace=replace)
+
+
 def verbs() -> list[str]:
     """The names of all verbs, in the order of the help."""
     return [str(command.callback.__name__) for command in app.registered_commands if command.callback]

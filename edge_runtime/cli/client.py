@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 from edge_runtime import config as settings
 from edge_runtime import sensors
 from edge_runtime.cli import shell
-from edge_runtime.client import Client, Identity, will
+from edge_runtime.client import Client
 from edge_runtime.config import Config
 from edge_runtime.errors import INTERRUPTED, ConfigError, DeviceMemoryError, ExportError, missing_extra
 from edge_runtime.governor import Thresholds
+from edge_runtime.identity import Identity, instance_of, will
 from edge_runtime.keeper import Watch
 from edge_runtime.state import DeviceState
 from edge_runtime.train import metrics, trackers
 from edge_runtime.train.planning import Owner, owner_of
 from edge_runtime.trainer import Delivered
+from edge_runtime.wire.bucket import Rates
 
 NVIDIA = Path("/dev/nvidiactl")
 """There where a driver for cards with memory of their own is loaded."""
@@ -50,10 +52,11 @@ def run(
         closing.callback(trainer.reports.close)
         state = DeviceState(device.state_dir)
         closing.callback(state.close)
-        transport = shell.connect(config, f"edge-{fleet}-{name}", say, stop, will(fleet, name))
+        rates = Rates(device.max_upload_rate, device.max_download_rate)
+        transport = shell.connect(config, f"edge-{fleet}-{name}", say, stop, will(fleet, name), rates)
         closing.callback(transport.close)
         client = Client(
-            Identity(fleet, name, config.wire.chunk_bytes),
+            Identity(fleet, name, config.wire.chunk_bytes, instance_of(state)),
             transport=transport,
             state=state,
             trainer=trainer,

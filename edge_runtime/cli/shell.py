@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import platform
 import re
 import signal
@@ -18,6 +20,7 @@ from typing import IO, Any
 from edge_runtime.config import Broker, Config
 from edge_runtime.errors import ConfigError
 from edge_runtime.wire.address import BrokerAddress
+from edge_runtime.wire.bucket import Rates
 from edge_runtime.wire.transport import Transport, Will
 
 UNITS: Mapping[str, int] = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -80,15 +83,47 @@ def logger(who: str, *, as_json: bool, stream: IO[str] = sys.stderr) -> Callable
 
 
 def recorder(path: Path) -> Callable[[Mapping[str, Any]], None]:
-    """A function that appends events to a JSON-lines file, each with its time."""
+    """A function that appends events to a JSON-lines file, each with its time.
+
+    An event that has a number ("n") is in the file once, however often it is given: numbers rise, and one that is not
+    above the last in the file is there. What a kill or a full disk left of a last line is cut off.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    last = _mend(path)
 
     def record(event: Mapping[str, Any]) -> None:
+        nonlocal last
+        if event.get("n", last + 1) <= last:
+            return
         stamped = {"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **event}
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(stamped) + "\n")
+        with path.open("ab", buffering=0) as file:
+            line = (json.dumps(stamped) + "\n").encode()
+            at = file.tell()
+            try:
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            except OSError:
+                file.truncate(at)
+                raise
+        last = max(last, event.get("n", 0))
 
     return record
+
+
+def _mend(path: Path) -> int:
+    """Cut off half a last line of a record; the largest number of an event in it."""
+    if not path.exists():
+        return 0
+    last = whole = 0
+    with path.open("rb+") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+            if b'"n": ' in line:
+                last = max(last, json.loads(line).get("n", 0))
+        file.truncate(whole)
+    return last
 
 
 def with_broker(config: Config, address: str | None) -> Config:
@@ -164,7 +199,12 @@ def check_names(config: Config) -> None:
 
 
 def connect(
-    config: Config, client_id: str, say: Callable[[str], None], stop: Callable[[], bool], will: Will | None = None
+    config: Config,
+    client_id: str,
+    say: Callable[[str], None],
+    stop: Callable[[], bool],
+    will: Will | None = None,
+    rates: Rates | None = None,
 ) -> Transport:
     """Connect to the fleet's broker; goes on trying, and says so.
 
@@ -183,4 +223,5 @@ def connect(
             random=Random(client_id),  # noqa: S311
             will=will,
             patience=config.broker.patience,
+            rates=rates,
         )

@@ -204,6 +204,18 @@ def norm(pair: Pair) -> float:
     return float(np.linalg.norm(r_b @ r_a.T))
 
 
+def distance(x: Pair, y: Pair) -> float:
+    """Frobenius norm of the difference of two products of one shape, without forming either.
+
+    Through R factors, as in `norm`: two products that nearly agree cancel in the small core and not in float32.
+    """
+    b, a = stack([(1.0, x), (-1.0, y)])
+    if b.shape[1] == 0:
+        return 0.0
+    r_b, r_a = np.linalg.qr(b, mode="r"), np.linalg.qr(a.T, mode="r")
+    return float(np.linalg.norm(r_b @ r_a.T))
+
+
 def tail_norm(spectrum: Spectrum, rank: int) -> float:
     """Frobenius norm of what a cut to `rank` drops: the exact truncation error (Eckart-Young)."""
     return float(np.sqrt(np.sum(spectrum.s[rank:] ** 2)))

@@ -12,6 +12,9 @@ from edge_runtime.errors import CorruptPayloadError
 CHUNK_BYTES = 120 * 1024
 """Default chunk. AWS IoT Core refuses more than 128 KB, EMQX 1 MB, Mosquitto 2.1 2 MB, each with topic and header."""
 
+LEAST_CHUNK = 1024
+"""A broker that takes no more than this is no broker for blobs."""
+
 MAX_CHUNKS = 1 << 20
 """Chunks of a blob, at most: both ends keep a list of them, and a reference comes from outside."""
 
@@ -82,6 +85,37 @@ def join(ref: BlobRef, chunks: Mapping[int, bytes]) -> bytes:
             f"blob {ref.sha256[:12]} has {len(payload)} bytes of SHA-256 {found[:12]}; fetch it again"
         )
     return payload
+
+
+def smaller(chunk_bytes: int, largest: int) -> int:
+    """The largest half, quarter … of a chunk size that a broker takes, or 0 if that would be below `LEAST_CHUNK`.
+
+    Halves, so that chunks that are stored already can be cut to the new size without a rest.
+    """
+    while chunk_bytes > largest:
+        chunk_bytes //= 2
+    return chunk_bytes if chunk_bytes >= LEAST_CHUNK else 0
+
+
+def recut(chunks: Mapping[int, bytes], old: BlobRef, new: BlobRef) -> dict[int, bytes]:
+    """What some chunks of a blob hold of its chunks of another size: those that lie in them as a whole.
+
+    Args:
+        chunks: chunks of `old`, by index; each of its right size.
+        old: how the blob was cut.
+        new: how the same blob is cut now.
+    """
+    if old.chunk_bytes == new.chunk_bytes:
+        return dict(chunks)
+    found: dict[int, bytes] = {}
+    for start, stop in as_ranges(list(chunks)):
+        first = start * old.chunk_bytes
+        run = b"".join(chunks[index] for index in range(start, stop))
+        index = -(-first // new.chunk_bytes)
+        while index < new.chunks and (at := index * new.chunk_bytes - first) + new.chunk_size(index) <= len(run):
+            found[index] = run[at : at + new.chunk_size(index)]
+            index += 1
+    return found
 
 
 def as_ranges(indices: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -105,11 +105,12 @@ class Hello(Model):
 
 
 class Offer(Model):
-    """A device has an update: the change of the slice it trained, from the version it received."""
+    """A device has an update: the change of the slice it trained, from the version it received in this `run`."""
 
     v: Literal[1] = PROTOCOL
     type: Literal["offer"] = "offer"
     client: Name
+    run: Name | Literal[""] = ""
     round: Count
     version: Count
     blob: BlobRef
@@ -186,22 +187,46 @@ class Accepted(Model):
 
 
 class Rejected(Model):
-    """The server refuses a hello or an offer for good. `code` is stable; `reason` is for people."""
+    """The server refuses a hello or an offer. `code` is stable; `reason` is for people.
+
+    `quota`, `no-space` and `fleet-full` are for now: the device keeps what it has and says it again. `malformed` says
+    that something did not parse. `duplicate` is meant for the device of that `instance` alone. All others are for good.
+    """
 
     v: Literal[1] = PROTOCOL
     type: Literal["rejected"] = "rejected"
-    code: Literal["fingerprint", "shape", "round-closed", "too-large", "corrupt", "unknown-client"]
+    code: Literal[
+        "fingerprint",
+        "shape",
+        "duplicate",
+        "round-closed",
+        "too-large",
+        "corrupt",
+        "norm",
+        "examples",
+        "unknown-client",
+        "quota",
+        "no-space",
+        "fleet-full",
+        "malformed",
+    ]
     reason: Annotated[str, Field(max_length=1024)]
     sha256: str = ""
+    instance: str = ""
 
 
 class Presence(Model):
-    """Retained status of a device; "offline" is its last will."""
+    """Retained status of a device; "offline" is its last will.
+
+    `instance` tells two devices of one name apart, `session` counts its connections.
+    """
 
     v: Literal[1] = PROTOCOL
     type: Literal["presence"] = "presence"
     client: Name
     state: Literal["online", "offline"]
+    instance: Annotated[str, Field(max_length=128)] = ""
+    session: Count = 0
 
 
 Message = Directive | Hello | Offer | Report | Welcome | Need | Accepted | Rejected | Presence

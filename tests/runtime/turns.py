@@ -36,7 +36,26 @@ PATIENCE = 30.0
 UPLOAD_CHUNK = 400
 """Bytes: several chunks for each update of a toy."""
 
-READS = {"receive", "flush", "rounds", "version", "blob", "offer_of", "chunks", "updates", "fact", "band"}
+READS = {
+    "receive",
+    "flush",
+    "rounds",
+    "version",
+    "blob",
+    "offer_of",
+    "chunks",
+    "updates",
+    "fact",
+    "band",
+    "staged",
+    "have",
+    "norms",
+    "unrecorded",
+    "refusals",
+    "versions",
+    "on_full",
+    "instance",
+}
 """Operations that leave no trace: a kill before one of them is a kill before the next that does."""
 
 

@@ -40,6 +40,8 @@ def policy(**changes: Any) -> Policy:
         "progress_timeout": TIMEOUT,
         "pause_timeout": 3 * TIMEOUT,
         "max_upload_bytes": 1000,
+        "max_examples": 10**6,
+        "max_members": 100,
         "seed": 0,
     }
     return Policy(**(facts | changes))

@@ -9,8 +9,8 @@ import pytest
 
 from edge_runtime.wire.messages import Accepted, Hello, Message, Offer, Rejected, Welcome, group
 from server import rounds
+from server.offers import MAX_CHUNKS
 from server.rounds import (
-    MAX_CHUNKS,
     Action,
     Announce,
     Heard,

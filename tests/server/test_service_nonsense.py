@@ -145,7 +145,9 @@ def test_nonsense_changes_nothing_and_stops_nobody(bench: Bench) -> None:
     before = bench.service.state.model_copy(update={"progress_at": 0.0})
     for topic, payload in nonsense(first):
         first.transport.publish(topic, payload)
-        assert first.heard() == [], topic
+        answers = first.heard()
+        assert len(answers) <= (topic == topics.up(FLEET, "a")), topic
+        assert all(isinstance(answer, Rejected) and answer.code == "malformed" for answer in answers)
     assert bench.service.state.model_copy(update={"progress_at": 0.0}) == before
     assert len([note for note in bench.notes if note.startswith("dropped a message on")]) == 12
     for hand in (first, second):

@@ -1,0 +1,50 @@
+"""What the fleet is asked to do now: a Directive from the file and the state of the rounds. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from edge_runtime.config import Config
+from edge_runtime.trainer import AdapterSpec, Training
+from edge_runtime.wire.messages import Band, Directive
+from server.rounds import State
+
+ASKS: Mapping[str, Literal["gather", "train", "finish"]] = {
+    "gather": "gather",
+    "train": "train",
+    "merging": "train",
+    "finish": "finish",
+    "over": "finish",
+}
+"""Phase of the rounds → what a Directive asks of a device."""
+
+
+def directive_of(config: Config, state: State, cut: tuple[Band, ...], *, rank: int, hold_more: bool) -> Directive:
+    """The Directive of a state.
+
+    Args:
+        config: the fleet's file.
+        state: where the rounds stand.
+        cut: the bands of the current version.
+        rank: of the global adapter.
+        hold_more: whether devices may hold more than they train.
+    """
+    phase = ASKS[state.phase]
+    steps = config.training.personal_steps if phase == "finish" else config.training.max_steps
+    training = config.training.model_dump(exclude={"personal_steps", "max_steps"})
+    everybody = config.rounds.fraction_train == 1.0 or phase != "train"
+    return Directive(
+        fleet=config.fleet.name,
+        run=state.run,
+        phase=phase,
+        round=state.round,
+        version=state.version,
+        num_rounds=config.rounds.num_rounds,
+        base=state.base,
+        adapter=AdapterSpec(**config.adapter.model_dump(), max_held=rank, hold_more=hold_more),
+        training=Training(max_steps=steps, **training),
+        bands=cut,
+        participants=None if everybody else state.asked,
+        codec=config.wire.codec_up,
+    )
