@@ -43,7 +43,9 @@ def instance_of(state: DeviceState) -> str:
 
 def online(who: Identity, session: int) -> tuple[str, bytes]:
     """Topic and payload of a presence, in that connection (from 1)."""
-    presence = Presence(client=who.client, state="online", instance=who.instance, session=session)
+    presence = Presence(
+        client=who.client, state="online", instance=who.instance, session=session if who.instance else 0
+    )
     return topics.status(who.fleet, who.client), dump(presence)
 
 

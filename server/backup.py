@@ -150,7 +150,6 @@ def _checked(db: sqlite3.Connection, path: Path) -> Summary:
 
 def _begin_anew(db: sqlite3.Connection) -> None:
     """Give the fleet in a copy another life: see the module's docstring."""
-    schema.check(db, int(db.execute("PRAGMA user_version").fetchone()[0]))
     row = db.execute("SELECT state FROM rounds").fetchone()
     if row is not None:
         state = {**json.loads(row[0]), "run": secrets.token_hex(8)}

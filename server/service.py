@@ -14,7 +14,14 @@ from typing import Any, Literal
 from threadpoolctl import threadpool_limits
 
 from edge_runtime.config import Config
-from edge_runtime.errors import AggregationError, CorruptPayloadError, DiskFullError, WireError
+from edge_runtime.errors import (
+    AggregationError,
+    BrokerError,
+    CorruptPayloadError,
+    DiskFullError,
+    TooLargeError,
+    WireError,
+)
 from edge_runtime.lora.adapter import Adapter
 from edge_runtime.lora.algebra import changed, take
 from edge_runtime.wire import bands, blobs, codec, topics
@@ -36,7 +43,7 @@ from server import aggregators, rounds, screening
 from server.aggregators.method import Update, load_state, save_state
 from server.directing import directive_of
 from server.journal import Journal
-from server.shortage import Shortage
+from server.shortage import Shortage, blob_of, said_once
 from server.staging import Staging
 from server.store import Store, StoredVersion
 
@@ -109,7 +116,7 @@ class Service:
             self._transport.subscribe(pattern)
         self._store.save_rounds(self._state.model_dump_json())
         self._journal.write()
-        self._do(self._pending)
+        self._perform(self._pending)
         sessions, ticked = self._transport.sessions, self._clock()
         while not stop() and self._state.phase != "over":
             delivery = self._transport.receive(poll)
@@ -118,7 +125,7 @@ class Service:
             if self._transport.sessions != sessions:
                 # A broker that came back may have forgotten what it retained.
                 sessions = self._transport.sessions
-                self._do([rounds.Announce()])
+                self._announce()
             if self._clock() - ticked >= poll:
                 ticked = self._clock()
                 self.tick()
@@ -159,20 +166,13 @@ class Service:
                 self._journal.write()
         except DiskFullError as error:
             self._shortage.found(error)
-            if isinstance(event, rounds.PresenceChanged) or _is_report(event):
-                self._shortage.hold(delivery)  # nobody says it again
+            if said_once(event):
+                self._shortage.hold(delivery)
                 return
             if topic is not None and topic.client in self._state.members:
-                refusal = self._shortage.refusal(topic.client, _named(topic, event))
+                refusal = self._shortage.refusal(topic.client, blob_of(topic, event))
                 self._perform([rounds.Reply(topic.client, refusal)] if refusal else [])
         delivery.ack()
-
-    def _do(self, actions: list[rounds.Action]) -> None:
-        """Perform what a full disk may put off."""
-        try:
-            self._perform(actions)
-        except DiskFullError as error:
-            self._shortage.found(error)
 
     def _event(self, topic: topics.Topic, delivery: Delivery) -> rounds.Event | None:
         """What a delivery says; what says nothing is noted, and told whoever is said to have sent it."""
@@ -364,26 +364,34 @@ class Service:
         cut = tuple(Band(start=start, stop=stop, blob=ref) for (start, stop), ref in zip(ranges, refs, strict=True))
         return StoredVersion(number, state, cut), payloads
 
-    def _announce(self) -> None:
-        """Publish the bands of the current version, then the Directive that names them."""
-        cut: tuple[Band, ...] = ()
-        if self._state.phase != "gather":
-            cut = self._version(self._state.version).bands
-            for band in cut:
+    def _broadcast(self, version: StoredVersion) -> tuple[Band, ...]:
+        """Publish the bands of a version, in chunks that the broker takes; returns how they are cut now."""
+        size = max(band.blob.chunk_bytes for band in version.bands)
+        if size > self._transport.largest:
+            fitting = blobs.smaller(size, self._transport.largest)
+            if not fitting:
+                raise BrokerError(
+                    f"a broker that takes messages of {blobs.LEAST_CHUNK} bytes was expected; found one that takes "
+                    f"{self._transport.largest}; raise its limit"
+                )
+            version = version.cut(fitting)
+            self._store.recut(version)
+        try:
+            for band in version.bands:
                 payload = self._store.blob(band.blob.sha256)
                 for index, chunk in enumerate(blobs.split(payload or b"", band.blob.chunk_bytes)):
-                    topic = topics.broadcast(self._fleet, band.blob.sha256, index)
-                    self._transport.publish(topic, chunk, retain=True)
+                    self._transport.publish(topics.broadcast(self._fleet, band.blob.sha256, index), chunk, retain=True)
+        except TooLargeError:
+            return self._broadcast(version)  # it turned out while we published
+        return version.bands
+
+    def _announce(self) -> None:
+        """Publish the bands of the current version, then the Directive that names them.
+
+        If the broker takes less than it seemed while they are on their way, its next session brings us here again.
+        """
+        cut: tuple[Band, ...] = ()
+        if self._state.phase != "gather":
+            cut = self._broadcast(self._version(self._state.version))
         asked = directive_of(self._config, self._state, cut, rank=self._rank, hold_more=self._method.hold_more)
         self._transport.publish(topics.directive(self._fleet), dump(asked), retain=True)
-
-
-def _is_report(event: rounds.Event | None) -> bool:
-    return isinstance(event, rounds.Heard) and isinstance(event.message, Report)
-
-
-def _named(topic: topics.Topic, event: rounds.Event | None) -> str:
-    """The blob that a delivery was about, or ''."""
-    if isinstance(event, rounds.Heard) and isinstance(event.message, Offer):
-        return event.message.blob.sha256
-    return topic.digest if topic.kind == "upload" else ""

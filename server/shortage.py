@@ -11,8 +11,10 @@ from collections import deque
 from collections.abc import Callable
 
 from edge_runtime.errors import DiskFullError
-from edge_runtime.wire.messages import Rejected
+from edge_runtime.wire import topics
+from edge_runtime.wire.messages import Offer, Rejected, Report
 from edge_runtime.wire.transport import Delivery
+from server import rounds
 
 RETRY_SECONDS = 10.0
 """Between two looks whether there is room again."""
@@ -79,3 +81,17 @@ class Shortage:
             reason="the server's disk is full; it keeps what it has, and takes yours when there is room",
             sha256=sha256,
         )
+
+
+def said_once(event: rounds.Event | None) -> bool:
+    """Whether nobody says it again: a report, or a presence."""
+    return isinstance(event, rounds.PresenceChanged) or (
+        isinstance(event, rounds.Heard) and isinstance(event.message, Report)
+    )
+
+
+def blob_of(topic: topics.Topic, event: rounds.Event | None) -> str:
+    """The blob that a delivery was about, or ''."""
+    if isinstance(event, rounds.Heard) and isinstance(event.message, Offer):
+        return event.message.blob.sha256
+    return topic.digest if topic.kind == "upload" else ""

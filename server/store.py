@@ -14,7 +14,7 @@ import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,12 @@ class StoredVersion:
     version: int
     state: bytes
     bands: tuple[Band, ...]
+
+    def cut(self, chunk_bytes: int) -> StoredVersion:
+        """The same version, its bands in chunks of another size."""
+        blobs = [band.blob.model_copy(update={"chunk_bytes": chunk_bytes}) for band in self.bands]
+        bands = [band.model_copy(update={"blob": blob}) for band, blob in zip(self.bands, blobs, strict=True)]
+        return replace(self, bands=tuple(bands))
 
 
 class Store:

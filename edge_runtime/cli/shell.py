@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import platform
 import re
 import signal
@@ -99,9 +97,11 @@ def recorder(path: Path) -> Callable[[Mapping[str, Any]], None]:
         with path.open("ab", buffering=0) as file:
             line = (json.dumps(stamped) + "\n").encode()
             at = file.tell()
+            # A write that does not fit may write a part, and only the next one says why.
+            written = 0
             try:
-                if file.write(line) != len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+                while written < len(line):
+                    written += file.write(line[written:])
             except OSError:
                 file.truncate(at)
                 raise

@@ -212,7 +212,8 @@ def distance(x: Pair, y: Pair) -> float:
     b, a = stack([(1.0, x), (-1.0, y)])
     if b.shape[1] == 0:
         return 0.0
-    r_b, r_a = np.linalg.qr(b, mode="r"), np.linalg.qr(a.T, mode="r")
+    _, r_b = np.linalg.qr(b)
+    _, r_a = np.linalg.qr(a.T)
     return float(np.linalg.norm(r_b @ r_a.T))
 
 

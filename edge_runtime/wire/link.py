@@ -7,6 +7,7 @@ hang up.
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from edge_runtime.errors import BrokerError
 from edge_runtime.wire.address import BrokerAddress
+from edge_runtime.wire.bucket import Pace
 
 # From the TCP connection to CONNACK. A broker that recovers a large store answers late.
 CONNACK_TIMEOUT_S = 20.0
@@ -27,6 +29,10 @@ CLOSE_TIMEOUT_S = 5.0
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
 # A shorter session does not reset the back-off: two processes with one client id evict each other for ever.
 STABLE_S = 10.0
+
+# How long what is to be sent may wait while reading is paced, and what the kernel may read ahead meanwhile, in bytes.
+WITHOUT_READING_S = 0.05
+READ_AHEAD = 64 * 1024
 
 # CONNACK's reasons that no waiting mends, by their MQTT 5 codes, into which paho translates those of 3.1.1.
 FINAL_REFUSALS = {
@@ -53,11 +59,13 @@ class Hooks:
 
     Attributes:
         say: takes a sentence about what happens to the connection; must not block.
+        lost: a connection that the broker had accepted has ended; the gate is held.
         opened: the broker has accepted a connection, and what it had not acknowledged was sent again; the gate is held.
         tick: called about once a second, and after every packet, while the connection holds.
     """
 
     say: Callable[[str], None]
+    lost: Callable[[], None]
     opened: Callable[[], None]
     tick: Callable[[], None]
 
@@ -75,7 +83,9 @@ class Link:
         closing: set by `close`.
     """
 
-    def __init__(self, client: paho.Client, address: BrokerAddress, hooks: Hooks, random: Random) -> None:
+    def __init__(
+        self, client: paho.Client, address: BrokerAddress, hooks: Hooks, random: Random, reading: Pace
+    ) -> None:
         self.gate = RLock()
         self.changed = Condition()
         self.connected = False
@@ -86,9 +96,11 @@ class Link:
         self._address = address
         self._hooks = hooks
         self._random = random
+        self._reading = reading
         self._trouble = "it did not answer"
         self._refusal: ReasonCode | None = None
         client.on_connect = self._answered
+        client.on_socket_open = self._opened
         # With a write callback set, paho leaves writing to whoever runs its loop; otherwise the thread that publishes
         # would write to the socket as well, and packets would mix.
         client.on_socket_register_write = _leave_it_to_the_loop
@@ -201,7 +213,7 @@ class Link:
             if self.closing.is_set() and leave_by is None:
                 leave_by = time.monotonic() + CLOSE_TIMEOUT_S
                 self._client.disconnect()
-            if self._client.loop(1.0) != MQTTErrorCode.MQTT_ERR_SUCCESS:
+            if self._turn() != MQTTErrorCode.MQTT_ERR_SUCCESS:
                 break
             if leave_by is not None and time.monotonic() > leave_by:
                 break
@@ -209,7 +221,24 @@ class Link:
         with self.changed:
             self.connected = False
             self.changed.notify_all()
+        if answered and not self.closing.is_set():
+            with self.gate:
+                self._hooks.lost()
         return "closed the connection, or the network did" if answered else "took the connection but did not answer"
+
+    def _turn(self) -> MQTTErrorCode:
+        """Run paho's loop once. While more was read than may be, only write and keep alive: TCP slows the broker."""
+        wait = self._reading.wait
+        if wait <= 0:
+            return self._client.loop(1.0)
+        self.closing.wait(min(wait, WITHOUT_READING_S))
+        code = self._client.loop_write() if self._client.want_write() else MQTTErrorCode.MQTT_ERR_SUCCESS
+        return code or self._client.loop_misc()
+
+    def _opened(self, _client: Any, _data: Any, line: Any) -> None:
+        if self._reading.limited:
+            # What the kernel takes in ahead of us is beyond our pace, so it shall be little.
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_AHEAD)
 
     def _answered(self, _client: Any, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
         if reason.is_failure:

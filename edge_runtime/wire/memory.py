@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from threading import Condition
 
-from edge_runtime.errors import BrokerError
+from edge_runtime.errors import BrokerError, TooLargeError
 from edge_runtime.wire.transport import Delivery, Will, check_pattern, check_topic, matches
 
 
@@ -146,11 +146,15 @@ class MemoryBroker:
 
 
 class MemoryTransport:
-    """One client of a `MemoryBroker`; made by its `connect`. What each method promises is said by `Transport`."""
+    """One client of a `MemoryBroker`; made by its `connect`. What each method promises is said by `Transport`.
+
+    `largest` may be set, as if the broker had turned out to take no more.
+    """
 
     def __init__(self, exchange: _Exchange, client_id: str, will: Will | None) -> None:
         self.client_id = client_id
         self.will = will
+        self.largest = 1 << 40
         self._exchange = exchange
         self._changed = exchange.changed
         self._patterns: dict[str, None] = {}
@@ -165,6 +169,8 @@ class MemoryTransport:
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Route a message now, or hold it until the link is back."""
         check_topic(topic)
+        if len(payload) > self.largest:
+            raise TooLargeError(f"a message holds up to {self.largest} bytes; found {len(payload)}; split it")
         with self._changed:
             self._check_alive()
             self._sent += len(topic.encode()) + len(payload)

@@ -5,6 +5,9 @@ messages. Flow control, out: `publish` blocks while the window of unacknowledged
 acknowledged by whoever stored it, and a broker sends only so many unacknowledged ones (Mosquitto its
 `max_inflight_messages`, NATS its `max_ack_pending`). So the queue of arrivals needs no bound of its own, and the
 network thread never waits for a slow reader, which would also stop the keep-alive.
+
+A device may bound its bytes a second (`bucket`): out, `publish` waits for its turn; in, the network thread stops
+reading for moments, and TCP slows the broker. What a broker sends again after a lost link counts again.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from edge_runtime.errors import TooLargeError
 from edge_runtime.wire.address import BrokerAddress
+from edge_runtime.wire.bucket import Pace, Rates
+from edge_runtime.wire.ceiling import STRIKES, Ceiling, acknowledged, lost
 from edge_runtime.wire.link import Hooks, Link
 from edge_runtime.wire.transport import Delivery, Transport, Will, check_pattern, check_topic
 
@@ -45,6 +50,7 @@ def connect(
     random: Random,
     will: Will | None = None,
     patience: float | None = None,
+    rates: Rates | None = None,
 ) -> Transport:
     """Connect, and stay connected until `close`; returns once the broker has accepted the first connection.
 
@@ -58,13 +64,14 @@ def connect(
         random: jitter of the back-off.
         will: published by the broker when the connection ends without `close`.
         patience: seconds after which to give up if there never was a connection; None tries for ever.
+        rates: what may be moved a second.
 
     Raises:
         BrokerError: nothing within `patience`, or the broker refused us, which is not tried again.
         ConfigError: a TLS file is missing or malformed, or the client id is.
     """
     client = _client(address, address.client_id(client_id), will)
-    transport = MqttTransport(client, address, on_event, random)
+    transport = MqttTransport(client, address, on_event, random, rates or Rates())
     try:
         transport.start(patience)
     except BaseException:
@@ -102,15 +109,18 @@ class MqttTransport:
     # `_changed`, the link's, guards all that follows it here.
 
     def __init__(
-        self, client: paho.Client, address: BrokerAddress, on_event: Callable[[str], None], random: Random
+        self, client: paho.Client, address: BrokerAddress, on_event: Callable[[str], None], random: Random, rates: Rates
     ) -> None:
         self._client = client
         self._address = address
         self._say = on_event
-        self._link = Link(client, address, Hooks(on_event, self._opened, self._ask_again), random)
+        self._writing, self._reading = Pace(rates.up, time.monotonic), Pace(rates.down, time.monotonic)
+        hooks = Hooks(on_event, self._lost, self._opened, self._ask_again)
+        self._link = Link(client, address, hooks, random, self._reading)
         self._changed = self._link.changed
         self._sent = self._received = 0
-        # Sizes of the messages not yet acknowledged, and those among them that wait for a connection.
+        self._ceiling = Ceiling(LARGEST_PAYLOAD)
+        # Payloads' sizes of the messages not yet acknowledged, and those among them that wait for a connection.
         self._window: deque[int] = deque()
         self._held: deque[tuple[str, bytes, bool]] = deque()
         self._inbox: deque[Delivery] = deque()
@@ -137,13 +147,16 @@ class MqttTransport:
             TooLargeError: brokers would hang up on a payload of this size.
         """
         check_topic(topic)
-        if len(payload) > LARGEST_PAYLOAD:
-            raise TooLargeError(f"a message holds up to {LARGEST_PAYLOAD} bytes; found {len(payload)}; split it")
         size = len(topic.encode()) + len(payload)
         with self._changed:
-            self._changed.wait_for(lambda: self._has_room(size) or self._link.over)
+            while self._fits(payload) and not self._link.over:
+                turn = self._writing.wait
+                if turn <= 0 and self._has_room(len(payload)):
+                    break
+                self._changed.wait(turn or None)
             self._link.check_alive()
-            self._window.append(size)
+            self._window.append(len(payload))
+            self._writing.take(size)
             self._sent += size
             if not self._link.connected:
                 self._held.append((topic, payload, retain))
@@ -207,6 +220,11 @@ class MqttTransport:
         return self._link.sessions
 
     @property
+    def largest(self) -> int:
+        """Bytes of the largest payload that the broker seems to take."""
+        return self._ceiling.largest
+
+    @property
     def bytes_sent(self) -> int:
         """Bytes of topics and payloads published."""
         return self._sent
@@ -215,6 +233,18 @@ class MqttTransport:
     def bytes_received(self) -> int:
         """Bytes of topics and payloads delivered."""
         return self._received
+
+    def _fits(self, payload: bytes) -> bool:
+        """True.
+
+        Raises:
+            TooLargeError: it does not fit into a message.
+        """
+        largest = self._ceiling.largest
+        if len(payload) <= largest:
+            return True
+        why = "" if largest == LARGEST_PAYLOAD else f", for the broker at {self._address} hangs up on larger ones"
+        raise TooLargeError(f"a message holds up to {largest} bytes{why}; found {len(payload)}; split it")
 
     def _has_room(self, size: int) -> bool:
         window = self._window
@@ -243,6 +273,27 @@ class MqttTransport:
             self._asked[number] = patterns
 
     # Called by the link, in its thread.
+
+    def _lost(self) -> None:
+        """A connection ended. If a message was too large for the broker, take it back, or that would go on for ever."""
+        with self._changed:
+            before, self._ceiling = self._ceiling, lost(self._ceiling, self._window)
+            largest, suspect = self._ceiling.largest, max(self._window, default=0)
+        if largest == before.largest:
+            return
+        unacknowledged = self._client.drop_out_messages()
+        kept = [message for message in unacknowledged if len(message.payload) <= largest]
+        with self._changed:
+            for message in unacknowledged:
+                if len(message.payload) > largest:
+                    self._window.remove(len(message.payload))
+            self._held.extendleft((m.topic, bytes(m.payload), m.retain) for m in reversed(kept))
+            self._changed.notify_all()
+        self._say(
+            f"broker at {self._address} hung up {STRIKES} times in a row before it took a message of {suspect} bytes; "
+            f"sending at most {largest} bytes at once from now on. Its limit (Mosquitto's max_packet_size, NATS's "
+            "max_payload, EMQX's mqtt.max_packet_size) should be above [wire] chunk_bytes"
+        )
 
     def _opened(self) -> None:
         with self._changed:
@@ -308,11 +359,13 @@ class MqttTransport:
         delivery = Delivery(message.topic, bytes(message.payload), message.retain, ack)
         with self._changed:
             self._inbox.append(delivery)
-            self._received += len(delivery.topic.encode()) + len(delivery.payload)
+            size = len(delivery.topic.encode()) + len(delivery.payload)
+            self._reading.take(size)
+            self._received += size
             self._changed.notify_all()
 
     def _acknowledged(self, _client: Any, _data: Any, _number: int, _reason: Any, _properties: Any) -> None:
         with self._changed:
             # Brokers acknowledge in order [MQTT-4.6.0-2]; should one not, only the window's bytes are off for a while.
-            self._window.popleft()
+            self._ceiling = acknowledged(self._ceiling, self._window.popleft())
             self._changed.notify_all()

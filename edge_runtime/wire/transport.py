@@ -66,6 +66,7 @@ class Transport(Protocol):
 
         Raises:
             BrokerError: the transport is closed, or has given up for a reason that waiting does not mend.
+            TooLargeError: the payload is larger than `largest`.
             ValueError: the topic is empty or contains a wildcard.
         """
 
@@ -103,6 +104,10 @@ class Transport(Protocol):
     @property
     def connected(self) -> bool:
         """Whether the broker can be reached right now."""
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest payload worth publishing; falls when the broker turns out to take less."""
 
     @property
     def sessions(self) -> int:

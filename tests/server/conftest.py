@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.runtime.fleets import in_memory
 from tests.server.bench import Bench
 
 
@@ -27,3 +28,9 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
 @pytest.fixture
 def bench(make: Callable[..., Bench]) -> Bench:
     return make()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with in_memory() as place:
+        yield place

@@ -82,6 +82,10 @@ class Line:
         return self.inner.connected
 
     @property
+    def largest(self) -> int:
+        return self.inner.largest
+
+    @property
     def sessions(self) -> int:
         return self.inner.sessions
 
