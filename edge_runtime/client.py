@@ -348,8 +348,6 @@ class Client:
     def _recut(self, offer: Offer, payload: bytes, error: TooLargeError) -> None:
         """Offer the same update in chunks that the broker takes."""
         self._chunk_bytes = blobs.smaller(min(self._chunk_bytes, offer.blob.chunk_bytes), self._transport.largest)
-        if not self._chunk_bytes:
-            raise error
         self._say(f"{error}; the update is offered in chunks of {self._chunk_bytes} bytes instead")
         offer = offer.model_copy(update={"blob": blobs.describe(payload, self._chunk_bytes)})
         self._disk.put_outbox(offer, payload)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
+from edge_runtime.errors import DiskFullError
 from server.store import Store
 
 LOUD = 100
@@ -46,7 +48,7 @@ class Journal:
             self._say(what + (f" (the {self._dropped}th such message)" if self._dropped > LOUD else ""))
 
     def write(self) -> None:
-        """Record the events of the store, and save the counts.
+        """Record the events of the store.
 
         Raises:
             DiskFullError: no room to note that they are recorded; they are given again then.
@@ -58,7 +60,12 @@ class Journal:
             done = number
         if done:
             self._store.recorded(done)
-        if self._saved != self._refused:
+
+    def save(self) -> None:
+        """Save the counts, if there is room; the next time will do as well."""
+        if self._saved == self._refused:
+            return
+        with suppress(DiskFullError):
             self._store.save_refusals(self._refused)
             self._saved = dict(self._refused)
 

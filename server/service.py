@@ -16,7 +16,6 @@ from threadpoolctl import threadpool_limits
 from edge_runtime.config import Config
 from edge_runtime.errors import (
     AggregationError,
-    BrokerError,
     CorruptPayloadError,
     DiskFullError,
     TooLargeError,
@@ -82,7 +81,7 @@ class Service:
             codec.codec(name)
         self._policy = rounds.Policy(
             fleet=config.fleet.name,
-            max_upload_bytes=config.wire.max_upload_bytes,
+            max_upload_bytes=min(config.wire.max_upload_bytes, config.server.max_staged_bytes),
             max_examples=config.server.max_examples,
             max_members=config.server.max_members,
             seed=config.training.seed,
@@ -130,6 +129,7 @@ class Service:
                 ticked = self._clock()
                 self.tick()
         self._transport.flush(10.0)
+        self._journal.save()
         self._say(self._journal.summary)
         return self._state
 
@@ -143,15 +143,16 @@ class Service:
                 return
             self._apply(rounds.Tick())
             self._journal.write()
+            self._journal.save()
         except DiskFullError as error:
             self._shortage.found(error)
 
     def _look_for_room(self) -> None:
         """Do again what a full disk may have prevented, if that is possible now."""
         self._shortage.looked()
-        self._store.save_rounds(self._state.model_dump_json())
-        self._journal.write()
+        self._store.prove_room()
         self._perform(rounds.resume(self._state, self._clock())[1])
+        self._journal.write()
         for delivery in self._shortage.ended():
             self.handle(delivery)
 
@@ -239,7 +240,8 @@ class Service:
 
     def _refuse(self, offer: Offer, code: Literal["corrupt", "norm"], reason: str) -> None:
         self._store.drop_upload(offer)
-        self._apply(rounds.Refused(offer, Rejected(code=code, reason=reason[:1024], sha256=offer.blob.sha256)))
+        refusal = Rejected(code=code, reason=reason[:1024], sha256=offer.blob.sha256)
+        self._apply(rounds.Refused(offer, refusal))
 
     def _update(self, offer: Offer, payload: bytes) -> Update:
         """What the method merges: the slice as the device decoded it, and as it left it.
@@ -332,11 +334,14 @@ class Service:
             "seconds": self._clock() - started, "band_bytes": [len(payload) for payload in payloads],
             "layers": {name: vars(layer) for name, layer in merged.layers.items()},
         }  # fmt: skip
-        self._say(f"round {number}: merged into version {version.version}, truncation error {merged.truncation:.2%}")
-        self._apply(
-            rounds.MergeDone(version.version),
-            lambda state: self._store.save_version(version, payloads, state, event),
-        )
+
+        def persist(state: str) -> None:
+            self._store.save_version(version, payloads, state, event)
+            self._say(
+                f"round {number}: merged into version {version.version}, truncation error {merged.truncation:.2%}"
+            )
+
+        self._apply(rounds.MergeDone(version.version), persist)
         # The version before the last one has no reader left: its devices were answered when their round closed.
         for ref in self._store.retire(version.version - 2):
             for chunk in range(ref.chunks):
@@ -368,13 +373,7 @@ class Service:
         """Publish the bands of a version, in chunks that the broker takes; returns how they are cut now."""
         size = max(band.blob.chunk_bytes for band in version.bands)
         if size > self._transport.largest:
-            fitting = blobs.smaller(size, self._transport.largest)
-            if not fitting:
-                raise BrokerError(
-                    f"a broker that takes messages of {blobs.LEAST_CHUNK} bytes was expected; found one that takes "
-                    f"{self._transport.largest}; raise its limit"
-                )
-            version = version.cut(fitting)
+            version = version.cut(blobs.smaller(size, self._transport.largest))
             self._store.recut(version)
         try:
             for band in version.bands:

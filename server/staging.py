@@ -49,8 +49,10 @@ class Staging:
                 f"one of {offer.blob.size} must wait; [server] max_staged_bytes gives more room",
                 sha256=offer.blob.sha256,
             )
-        self._moved.setdefault(offer.client, self._clock())
-        return self._store.offered(offer)
+        have = self._store.offered(offer)
+        if mine is None:
+            self._moved[offer.client] = self._clock()
+        return have
 
     def add(self, offer: Offer, index: int, payload: bytes) -> tuple[bool, set[int]]:
         """Store a chunk; whether it is new, and the chunks that are here.

@@ -25,6 +25,7 @@ from edge_runtime.wire.messages import Band, Offer
 from server import schema
 
 FILE, LOCK = "fleet.db", "fleet.lock"
+PROOF_BYTES = 256 * 1024
 
 Event = Mapping[str, Any]
 """Something to be recorded, JSON-able; see `Store.unrecorded`."""
@@ -265,6 +266,14 @@ class Store:
         """Remember how often something was refused, in all."""
         with self._transaction():
             self._db.executemany("INSERT OR REPLACE INTO refusals VALUES (?, ?)", list(counts.items()))
+
+    def prove_room(self) -> None:
+        """Write and remove as much as a chunk or two: on a disk that is nearly full, a small write says nothing."""
+        with self._transaction():
+            self._db.execute("DROP TABLE IF EXISTS ballast")
+            self._db.execute("CREATE TABLE ballast AS SELECT zeroblob(?)", (PROOF_BYTES,))
+        with self._transaction():
+            self._db.execute("DROP TABLE ballast")
 
     def close(self) -> None:
         """Close the file; another server may open it."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from edge_runtime.errors import CorruptPayloadError
+from edge_runtime.errors import CorruptPayloadError, TooLargeError
 
 CHUNK_BYTES = 120 * 1024
 """Default chunk. AWS IoT Core refuses more than 128 KB, EMQX 1 MB, Mosquitto 2.1 2 MB, each with topic and header."""
@@ -88,13 +88,21 @@ def join(ref: BlobRef, chunks: Mapping[int, bytes]) -> bytes:
 
 
 def smaller(chunk_bytes: int, largest: int) -> int:
-    """The largest half, quarter … of a chunk size that a broker takes, or 0 if that would be below `LEAST_CHUNK`.
+    """The largest half, quarter … of a chunk size that a broker takes.
 
     Halves, so that chunks that are stored already can be cut to the new size without a rest.
+
+    Raises:
+        TooLargeError: that would be below `LEAST_CHUNK`.
     """
     while chunk_bytes > largest:
         chunk_bytes //= 2
-    return chunk_bytes if chunk_bytes >= LEAST_CHUNK else 0
+    if chunk_bytes < LEAST_CHUNK:
+        raise TooLargeError(
+            f"a broker that takes messages of {LEAST_CHUNK} bytes was expected; found one that seems to take "
+            f"{largest}; raise its limit"
+        )
+    return chunk_bytes
 
 
 def recut(chunks: Mapping[int, bytes], old: BlobRef, new: BlobRef) -> dict[int, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import pytest
 
 from edge_runtime.cli import shell
 from edge_runtime.errors import DiskFullError
+from edge_runtime.wire import blobs
 from edge_runtime.wire.messages import Rejected, Report
 from server import backup
 from server.shortage import RETRY_SECONDS
@@ -32,9 +34,10 @@ def make_room(bench: Bench) -> None:
 
 
 def big(bench: Bench) -> tuple:
-    """Two devices, and an upload that needs pages."""
+    """Two devices, and an upload of which every chunk needs pages."""
     first, second = training(bench)
-    return first, second, *first.offer_of(os.urandom(40_000))
+    offered, payload = first.offer_of(os.urandom(40_000))
+    return first, second, offered.model_copy(update={"blob": blobs.describe(payload, 20_000)}), payload
 
 
 def test_what_does_not_fit_is_refused_for_now_and_taken_when_there_is_room(bench: Bench) -> None:
@@ -122,7 +125,6 @@ def test_events_wait_in_the_store_while_their_file_has_no_room_and_come_once(
             raise OSError(28, "No space left on device")
         kept.append(event)
 
-    bench.records.append = record  # type: ignore[method-assign]
     bench.service._journal._record = record
     first, second = training(bench)
     first.deliver(*first.train())
@@ -154,7 +156,7 @@ def test_a_store_on_a_disk_that_is_really_full_keeps_all_that_it_said_it_has(sma
     full: DiskFullError | None = None
     while full is None and stored < 1000:
         try:
-            store.accept(offer("a", stored + 1, payload=b"abcd"), os.urandom(20_000), f"state {stored + 1}")
+            store.accept(offer("a", stored + 1, payload=b"abcd"), os.urandom(20_000), json.dumps({"round": stored + 1}))
             stored += 1
         except DiskFullError as error:
             full = error
@@ -162,15 +164,15 @@ def test_a_store_on_a_disk_that_is_really_full_keeps_all_that_it_said_it_has(sma
     assert 5 < stored < 999
     for _ in range(3):
         with pytest.raises(DiskFullError):
-            store.accept(offer("a", stored + 1, payload=b"abcd"), os.urandom(400_000), "too much")
-        assert store.rounds() == f"state {stored}"
+            store.accept(offer("a", stored + 1, payload=b"abcd"), os.urandom(400_000), "{}")
+        assert store.rounds() == json.dumps({"round": stored})
     with pytest.raises(DiskFullError, match="no room"):
         backup.backup(small_disk / "store", small_disk / "copy")
     assert not list(small_disk.glob("copy*"))
     backup.backup(small_disk / "store", tmp_path / "elsewhere.backup")
     store.close()
     again = Store(small_disk / "store")
-    assert again.rounds() == f"state {stored}"
+    assert again.rounds() == json.dumps({"round": stored})
     assert [number for number in range(1, 1000) if list(again.updates(number))] == list(range(1, stored + 1))
     again.close()
 
