@@ -18,7 +18,7 @@ from edge_runtime.errors import (
     TooLargeError,
     WireError,
 )
-from edge_runtime.identity import Identity, hello_of, offline, online, will
+from edge_runtime.identity import Identity, hello_of, is_absence, offline, online, will
 from edge_runtime.keeper import Keeper, Watch
 from edge_runtime.lora.adapter import Adapter, Slot
 from edge_runtime.lora.algebra import cut
@@ -106,7 +106,8 @@ class Client:
             RejectedError: the server refused this device for another reason.
             EdgeRuntimeError: planning, training or export failed; the server was told.
         """
-        self._transport.publish(*online(self._identity, self._transport.sessions), retain=True)
+        self._be_there()
+        self._transport.subscribe(topics.status(self._fleet, self._name))
         self._transport.subscribe(topics.down(self._fleet, self._name))
         self._transport.subscribe(topics.directive(self._fleet))
         try:
@@ -123,12 +124,15 @@ class Client:
                 self.handle(delivery)
             if self._transport.sessions != sessions:
                 sessions = self._transport.sessions
-                self._transport.publish(*online(self._identity, self._transport.sessions), retain=True)
+                self._be_there()
                 self._apply(agent.Repeat())
             elif self._clock() - self._heard >= REPEAT_SECONDS and self._transport.flush(0.0):
                 # Nothing of ours is still on its way, so the silence is not that of a slow link.
                 self._heard = self._clock()
                 self._apply(agent.Repeat())
+
+    def _be_there(self) -> None:
+        self._transport.publish(*online(self._identity, self._transport.sessions), retain=True)
 
     def _pauses(self, reason: str) -> None:
         self._report("paused", detail=reason[:1024])
@@ -154,6 +158,9 @@ class Client:
         if topic.kind in {"round", "down"}:
             self._heard = self._clock()
             return agent.Received(load(payload))
+        if topic.kind == "status" and is_absence(payload):
+            # The last will of a connection that was replaced may come after the presence of the next one.
+            self._be_there()
         return None
 
     def _apply(self, event: agent.Event) -> None:

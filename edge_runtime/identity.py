@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from edge_runtime.state import DeviceState
 from edge_runtime.trainer import Introduction
 from edge_runtime.wire import blobs, topics
-from edge_runtime.wire.messages import Hello, Presence, dump, group
+from edge_runtime.wire.messages import Hello, Presence, dump, group, load
 from edge_runtime.wire.transport import Will
 
 
@@ -52,6 +52,16 @@ def online(who: Identity, session: int) -> tuple[str, bytes]:
 def offline(fleet: str, client: str) -> tuple[str, bytes]:
     """Topic and payload of a device's absence."""
     return topics.status(fleet, client), dump(Presence(client=client, state="offline"))
+
+
+def is_absence(payload: bytes) -> bool:
+    """Whether a status says that its device is away.
+
+    Raises:
+        WireError: it is no presence.
+    """
+    found = load(payload)
+    return isinstance(found, Presence) and found.state == "offline"
 
 
 def will(fleet: str, client: str) -> Will:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,12 +68,12 @@ class Store:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(folder / LOCK)  # two servers on one store would both open rounds
-            try:
+            with ExitStack() as failing:
+                failing.callback(self._lock.release)
                 self._db = connect(self.path)
+                failing.callback(self._db.close)
                 schema.migrate(self._db)
-            except BaseException:
-                self._lock.release()
-                raise
+                failing.pop_all()
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(
                 f"a server store was expected in {folder}, which cannot be used ({error}); "

@@ -117,7 +117,8 @@ def test_it_fetches_the_bands_that_it_holds_and_no_others(desk: Desk) -> None:
     desk.tell(asked, WELCOME)
     held = [desk.disk.band(band.blob.sha256) is not None for band in asked.bands]
     assert held == [True, True, False]
-    assert desk.transport._patterns.keys() == {topics.down(FLEET, NAME), topics.directive(FLEET)}, "unsubscribed"
+    own = {topics.status(FLEET, NAME), topics.down(FLEET, NAME), topics.directive(FLEET)}
+    assert desk.transport._patterns.keys() == own, "unsubscribed from the bands"
 
 
 def test_a_band_on_disk_is_not_fetched_again_after_a_restart(desk: Desk) -> None:

@@ -18,6 +18,7 @@ from edge_runtime.errors import (
     RejectedError,
     WireError,
 )
+from edge_runtime.identity import will
 from edge_runtime.wire import topics
 from edge_runtime.wire.messages import (
     Accepted,
@@ -83,7 +84,29 @@ def test_after_a_lost_link_it_says_that_it_is_there_and_what_is_unanswered(desk:
     desk.client.run(stop, poll=0.0)
     said = [message for message in desk.heard() if isinstance(message, Presence | Offer)]
     online, offline = (Presence(client=NAME, state=state) for state in ("online", "offline"))
-    assert said == [online, offline, online, offer, offline]
+    at = said.index(offer)
+    assert said[at - 2 : at + 1] == [offline, online, offer], "its last will is answered"
+    assert said[-1] == offline
+    assert said.count(offer) == 1
+
+
+def test_a_last_will_that_comes_after_the_next_connection_is_contradicted(desk: Desk) -> None:
+    """A broker that replaces a connection may publish the old one's will late, and would keep it for ever."""
+    offered(desk)
+    turns = iter(["listen", "late", "listen"])
+
+    def stop() -> bool:
+        turn = next(turns, "stop")
+        if turn == "late":
+            late = will(FLEET, NAME)
+            desk.server.publish(late.topic, late.payload, retain=True)
+        elif turn == "stop":
+            retained.append(load(desk.broker.retained[topics.status(FLEET, NAME)]))
+        return turn == "stop"
+
+    retained: list[Message] = []
+    desk.client.run(stop, poll=0.0)
+    assert retained == [Presence(client=NAME, state="online")]
 
 
 def test_after_a_restart_the_update_is_offered_and_sent_as_it_was(desk: Desk) -> None:

@@ -169,13 +169,24 @@ def test_a_damaged_backup_is_refused(make: Callable[..., Bench], tmp_path: Path)
     assert not (tmp_path / "elsewhere" / FILE).exists()
 
 
-def test_the_command_does_both(make: Callable[..., Bench], tmp_path: Path, capsys) -> None:
+def test_the_command_does_both(make: Callable[..., Bench], tmp_path: Path) -> None:
     bench = make()
     training(bench)
     out = tmp_path / "backups" / "fleet.backup"
     assert run(["backup", "--store", str(bench.folder / "server"), "--out", str(out)]) == 0
-    assert "phase 'train', round 1, version 0, 0 updates" in capsys.readouterr().err
     assert run(["restore", str(out), "--store", str(tmp_path / "new")]) == 0
-    assert "devices begin the open round again" in capsys.readouterr().err
+    store = Store(tmp_path / "new")
+    assert store.rounds() != bench.store.rounds()
+    store.close()
     assert run(["restore", str(out), "--store", str(tmp_path / "new")]) == 2
+    assert run(["restore", str(out), "--store", str(tmp_path / "new"), "--replace"]) == 0
     assert run(["backup", "--store", str(tmp_path / "nothing"), "--out", str(out)]) == 2
+
+
+def test_what_a_backup_holds_is_said_in_a_line(make: Callable[..., Bench], tmp_path: Path) -> None:
+    bench = make()
+    first, _ = training(bench)
+    first.deliver(*first.train())
+    found = backup.backup(bench.folder / "server", tmp_path / "fleet.backup")
+    size = (tmp_path / "fleet.backup").stat().st_size
+    assert str(found) == f"phase 'train', round 1, version 0, 1 updates, {size} bytes"

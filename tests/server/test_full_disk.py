@@ -13,12 +13,12 @@ import pytest
 from edge_runtime.cli import shell
 from edge_runtime.errors import DiskFullError
 from edge_runtime.wire import blobs
-from edge_runtime.wire.messages import Rejected, Report
+from edge_runtime.wire.messages import Offer, Rejected, Report
 from server import backup
 from server.shortage import RETRY_SECONDS
 from server.store import Store
 from tests.runtime.said import offer
-from tests.server.bench import Bench, accepted, training
+from tests.server.bench import Bench, Hand, accepted, training
 
 
 def fill(bench: Bench) -> None:
@@ -33,7 +33,7 @@ def make_room(bench: Bench) -> None:
     bench.service.tick()
 
 
-def big(bench: Bench) -> tuple:
+def big(bench: Bench) -> tuple[Hand, Hand, Offer, bytes]:
     """Two devices, and an upload of which every chunk needs pages."""
     first, second = training(bench)
     offered, payload = first.offer_of(os.urandom(40_000))

@@ -10,7 +10,7 @@ import pytest
 from edge_runtime.lora.adapter import Adapter, Pair
 from edge_runtime.lora.algebra import scale
 from edge_runtime.wire import codec, topics
-from edge_runtime.wire.messages import Need, Rejected, Report, dump
+from edge_runtime.wire.messages import Need, Offer, Rejected, Report, dump
 from tests.server.bench import FLEET, Bench, Hand, accepted, training
 
 TRIO = {"a": 2, "b": 2, "c": 2}
@@ -144,7 +144,7 @@ def test_strangers_leave_no_records(bench: Bench) -> None:
     assert sum(note.startswith("dropped") for note in bench.notes) < 150
 
 
-def update_of(hand: Hand, factor: float) -> tuple:
+def update_of(hand: Hand, factor: float) -> tuple[Offer, bytes]:
     """Its update, so many times as large."""
     _, payload = hand.train()
     change = codec.decode(payload)
@@ -167,6 +167,7 @@ def test_an_absurd_update_is_refused_counted_and_told_and_the_fleet_goes_on(make
     assert {layer["updates"] for r in bench.records if r["event"] == "merge" for layer in r["layers"].values()} == {4}
     # In the next round the former one is the yardstick, so that not even the first to come may lie.
     [refusal] = liar.deliver(*update_of(liar, 1e4))
+    assert isinstance(refusal, Rejected)
     assert refusal.code == "norm"
     bench.service.tick()
     assert bench.store.refusals() == {"norm": 2}

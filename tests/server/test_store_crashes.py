@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def fused(monkeypatch: pytest.MonkeyPatch, fuse: Fuse) -> Iterator[None]:
             fuse.burn(statement)
             return super().executemany(statement, rows)
 
-    open_any = sqlite3.connect
+    open_any: Callable[..., sqlite3.Connection] = sqlite3.connect
 
     def connect(path: Any, **kwargs: Any) -> sqlite3.Connection:
         if Path(path).name != "fleet.db":

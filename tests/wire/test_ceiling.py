@@ -17,7 +17,7 @@ from edge_runtime.wire.broker import Settings
 from edge_runtime.wire.bucket import Rates
 from edge_runtime.wire.ceiling import LEAST, STRIKES, Ceiling, acknowledged, lost
 from edge_runtime.wire.mqtt import LARGEST_PAYLOAD, connect
-from tests.wire.conftest import StartBroker
+from tests.wire.conftest import Clients, StartBroker
 
 TOP = 8 << 20
 
@@ -64,7 +64,8 @@ def test_small_messages_and_those_that_once_passed_are_never_blamed() -> None:
 def test_a_real_broker_with_a_small_limit_is_found_out_and_the_rest_goes_through(
     kind: str, settings: Settings, start_broker: StartBroker
 ) -> None:
-    broker, events = start_broker(kind, settings=settings), []
+    events: list[str] = []
+    broker = start_broker(kind, settings=settings)
     one = connect(broker.address, "one", on_event=events.append, random=Random(0), patience=20)
     two = connect(broker.address, "two", on_event=events.append, random=Random(1), patience=20)
     try:
@@ -92,7 +93,7 @@ def test_a_real_broker_with_a_small_limit_is_found_out_and_the_rest_goes_through
 
 
 @pytest.mark.broker
-def test_a_device_keeps_to_its_rates_in_both_directions(any_broker, to_broker: Callable) -> None:
+def test_a_device_keeps_to_its_rates_in_both_directions(any_broker, to_broker: Callable[..., Clients]) -> None:
     """Measured over what takes long enough; below is what matters, above only shows that it moves at all."""
     rate, size = 400_000, 40_000
     slow = connect(
