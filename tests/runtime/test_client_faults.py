@@ -93,7 +93,7 @@ def test_after_a_lost_link_it_says_that_it_is_there_and_what_is_unanswered(desk:
 def test_a_last_will_that_comes_after_the_next_connection_is_contradicted(desk: Desk) -> None:
     """A broker that replaces a connection may publish the old one's will late, and would keep it for ever."""
     offered(desk)
-    turns = iter(["listen", "late", "listen"])
+    turns = iter(["listen", "late", *["listen"] * 8])
 
     def stop() -> bool:
         turn = next(turns, "stop")
