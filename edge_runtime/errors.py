@@ -15,6 +15,7 @@ A message says what was expected, what was found and what to do, in one line whe
     │   ├── UnknownCodecError            a tag this version does not know
     │   ├── VersionMismatchError         a message of another protocol version
     │   ├── TooLargeError                a payload beyond the permitted size
+    │   ├── AuthenticityError            a message whose signature, signer or counter is wrong
     │   └── BrokerError                  no broker, or it refuses us
     ├── RoundError                  14
     │   ├── AggregationError             updates that do not fit together
@@ -97,6 +98,10 @@ class VersionMismatchError(WireError):
 
 class TooLargeError(WireError):
     """A payload larger than this end permits; raised before anything is allocated."""
+
+
+class AuthenticityError(WireError):
+    """A message that its alleged sender did not sign for this topic, or no longer may."""
 
 
 class BrokerError(WireError):
