@@ -270,7 +270,7 @@ def _settle(state: State, round_number: int) -> tuple[State, list[Action]]:
 
 def _rejected(state: State, refusal: Rejected) -> tuple[State, list[Action]]:
     match refusal.code:
-        case "fingerprint" | "shape":
+        case "fingerprint" | "shape" | "not-enrolled" | "revoked" if not refusal.key:
             return replace(state, left=True), [Leave(refusal)]
         case "unknown-client":
             # The server lost its memory of us, or never heard us: introduce ourselves, then offer again.

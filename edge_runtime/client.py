@@ -56,7 +56,7 @@ class Client:
 
     Args:
         identity: its fleet and name.
-        transport: connected, with `will(fleet, name)` as its last will.
+        transport: connected, with `will(fleet, name, guard)` as its last will.
         state: opened.
         trainer: plans and trains.
         deliver: exports the personal adapter of the live model and verifies it; called once, at the end.
@@ -76,7 +76,7 @@ class Client:
         watch: Watch | None = None,
     ) -> None:
         self._name, self._fleet, self._chunk_bytes = identity.client, identity.fleet, identity.chunk_bytes
-        self._identity = identity
+        self._identity, self._guard = identity, identity.guard
         self._transport, self._disk, self._trainer = transport, state, trainer
         watch = watch or Watch()
         self._deliver, self._say, self._clock = deliver, say, watch.clock
@@ -113,7 +113,7 @@ class Client:
         try:
             self._take_part(stop, poll)
         finally:
-            self._transport.publish(*offline(self._fleet, self._name), retain=True)
+            self._transport.publish(*offline(self._fleet, self._name, self._guard), retain=True)
             self._transport.flush(10.0)
 
     def _take_part(self, stop: Callable[[], bool], poll: float) -> None:
@@ -144,24 +144,27 @@ class Client:
         if topic is None or not delivery.payload:
             return
         try:
-            event = self._event(topic, delivery.payload)
+            event = self._event(topic, delivery)
         except WireError as error:
             self._say(f"dropped a message on {delivery.topic}: {error}")
             return
         if event is not None:
             self._apply(event)  # not within the try: what goes wrong in our own work is no nonsense from outside
 
-    def _event(self, topic: topics.Topic, payload: bytes) -> agent.Event | None:
+    def _event(self, topic: topics.Topic, delivery: Delivery) -> agent.Event | None:
         """What a delivery says; a chunk says something once it is the last one."""
         if topic.kind == "blob":
-            return self._chunk(topic, payload)
-        if topic.kind in {"round", "down"}:
-            self._heard = self._clock()
-            return agent.Received(load(payload))
-        if topic.kind == "status" and is_absence(payload):
+            return self._chunk(topic, delivery.payload)
+        if topic.kind == "status" and is_absence(delivery.payload):
             # The last will of a connection that was replaced may come after the presence of the next one.
             self._be_there()
-        return None
+        opened = self._guard.open(delivery.topic, delivery.payload) if topic.kind in {"round", "down"} else None
+        if opened is None:
+            return None
+        self._heard = self._clock()
+        message = load(opened)
+        self._guard.settle()
+        return agent.Received(message)
 
     def _apply(self, event: agent.Event) -> None:
         self._state, actions = agent.step(self._state, event)
@@ -361,7 +364,8 @@ class Client:
         self._apply(agent.Recut(offer))
 
     def _publish(self, message: Message) -> None:
-        self._transport.publish(topics.up(self._fleet, self._name), dump(message))
+        topic = topics.up(self._fleet, self._name)
+        self._transport.publish(topic, self._guard.seal(topic, dump(message)))
 
     def _report(self, state: Any, **facts: Any) -> None:
         """Say what this device is doing; progress for the server, a picture for people."""

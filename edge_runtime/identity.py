@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from edge_runtime.state import DeviceState
 from edge_runtime.trainer import Introduction
 from edge_runtime.wire import blobs, topics
+from edge_runtime.wire.guard import OPEN, Guard
 from edge_runtime.wire.messages import Hello, Presence, dump, group, load
 from edge_runtime.wire.transport import Will
 
@@ -28,12 +29,14 @@ class Identity:
         client: this device's client id.
         chunk_bytes: size of the chunks of its uploads.
         instance: tells it from other devices of that name (`instance_of`); empty for a device that does not say.
+        guard: signs what it says, and tells whom to believe.
     """
 
     fleet: str
     client: str
     chunk_bytes: int = blobs.CHUNK_BYTES
     instance: str = ""
+    guard: Guard = OPEN
 
 
 def instance_of(state: DeviceState) -> str:
@@ -46,16 +49,23 @@ def online(who: Identity, session: int) -> tuple[str, bytes]:
     presence = Presence(
         client=who.client, state="online", instance=who.instance, session=session if who.instance else 0
     )
-    return topics.status(who.fleet, who.client), dump(presence)
+    return _status(who.fleet, who.guard, presence)
 
 
-def offline(fleet: str, client: str) -> tuple[str, bytes]:
+def offline(fleet: str, client: str, guard: Guard = OPEN) -> tuple[str, bytes]:
     """Topic and payload of a device's absence."""
-    return topics.status(fleet, client), dump(Presence(client=client, state="offline"))
+    return _status(fleet, guard, Presence(client=client, state="offline"))
+
+
+def _status(fleet: str, guard: Guard, presence: Presence) -> tuple[str, bytes]:
+    topic = topics.status(fleet, presence.client)
+    return topic, guard.seal(topic, dump(presence))
 
 
 def is_absence(payload: bytes) -> bool:
     """Whether a status says that its device is away.
+
+    Whoever said it is not asked: a device that contradicts a forger does no harm.
 
     Raises:
         WireError: it is no presence.
@@ -64,9 +74,9 @@ def is_absence(payload: bytes) -> bool:
     return isinstance(found, Presence) and found.state == "offline"
 
 
-def will(fleet: str, client: str) -> Will:
+def will(fleet: str, client: str, guard: Guard = OPEN) -> Will:
     """The last will of a device: its retained status becomes "offline"."""
-    return Will(*offline(fleet, client))
+    return Will(*offline(fleet, client, guard))
 
 
 def hello_of(client: str, intro: Introduction) -> Hello:

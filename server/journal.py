@@ -40,9 +40,9 @@ class Journal:
         """Count a refusal."""
         self._refused[code] += 1
 
-    def dropped(self, what: str) -> None:
+    def dropped(self, what: str, code: str = "malformed") -> None:
         """Count a message that meant nothing, and say it unless there are too many."""
-        self.refused("malformed")
+        self.refused(code)
         self._dropped += 1
         if self._dropped <= LOUD or self._dropped % LOUD == 0:
             self._say(what + (f" (the {self._dropped}th such message)" if self._dropped > LOUD else ""))

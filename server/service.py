@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 from edge_runtime.config import Config
 from edge_runtime.errors import (
     AggregationError,
+    AuthenticityError,
     CorruptPayloadError,
     DiskFullError,
     TooLargeError,
@@ -24,6 +25,7 @@ from edge_runtime.errors import (
 from edge_runtime.lora.adapter import Adapter
 from edge_runtime.lora.algebra import changed, take
 from edge_runtime.wire import bands, blobs, codec, topics
+from edge_runtime.wire.guard import OPEN, Guard
 from edge_runtime.wire.messages import (
     Band,
     Hello,
@@ -57,6 +59,7 @@ class Service:
         say: told a sentence for people whenever something happens.
         record: given one JSON-able mapping for each event worth measuring; see `server.journal`.
         clock: seconds, monotonic; an argument so that tests own the time.
+        guard: signs what it says, and tells whom to believe.
 
     Raises:
         ConfigError: an unknown method or codec.
@@ -71,8 +74,9 @@ class Service:
         say: Callable[[str], None],
         record: Callable[[Mapping[str, Any]], None],
         clock: Callable[[], float] = time.monotonic,
+        guard: Guard = OPEN,
     ) -> None:
-        self._config, self._transport, self._store = config, transport, store
+        self._config, self._transport, self._store, self._guard = config, transport, store, guard
         self._say, self._clock = say, clock
         extra = config.aggregator.model_extra or {}
         self._method = aggregators.build(config.aggregator.method, **extra)
@@ -165,6 +169,8 @@ class Service:
             if event is not None:
                 self._apply(event)
                 self._journal.write()
+            for client, answer in self._guard.settle():
+                self._tell(client, answer)
         except DiskFullError as error:
             self._shortage.found(error)
             if said_once(event):
@@ -181,12 +187,16 @@ class Service:
             if topic.kind == "upload":
                 return self._chunk(topic, delivery.payload)
             if topic.kind in {"up", "status"} and delivery.payload:
-                return self._message(topic.client, load(delivery.payload))
+                opened = self._guard.open(delivery.topic, delivery.payload)
+                return self._message(topic.client, load(opened)) if opened is not None else None
+        except AuthenticityError as error:
+            # Whoever is named did not say it, so nobody is told; who was recognised and refused, the guard tells.
+            self._journal.dropped(f"dropped a message on {delivery.topic}: {error}", code="forged")
+            self._journal.note({"event": "refused", "topic": delivery.topic, "reason": str(error)})
         except WireError as error:
             self._journal.dropped(f"dropped a message on {delivery.topic}: {error}")
             if topic.kind == "up" and topic.client in self._state.members:
-                refusal = Rejected(code="malformed", reason=str(error)[:1024])
-                self._transport.publish(topics.down(self._fleet, topic.client), dump(refusal))
+                self._tell(topic.client, Rejected(code="malformed", reason=str(error)[:1024]))
         return None
 
     def _message(self, client: str, message: Message) -> rounds.Event:
@@ -292,7 +302,7 @@ class Service:
                 case rounds.Reply(client, message):
                     if isinstance(message, Rejected):
                         self._journal.refused(message.code)
-                    self._transport.publish(topics.down(self._fleet, client), dump(message))
+                    self._tell(client, message)
                 case rounds.Stage(offer):
                     self._stage(offer)
                 case rounds.Merge(number):
@@ -309,10 +319,13 @@ class Service:
             return
         lacking = blobs.missing(offer.blob, have)
         if lacking:
-            need = Need(sha256=offer.blob.sha256, ranges=blobs.as_ranges(lacking)[:4096])
-            self._transport.publish(topics.down(self._fleet, offer.client), dump(need))
+            self._tell(offer.client, Need(sha256=offer.blob.sha256, ranges=blobs.as_ranges(lacking)[:4096]))
         else:
             self._complete(offer)
+
+    def _tell(self, client: str, message: Message) -> None:
+        topic = topics.down(self._fleet, client)
+        self._transport.publish(topic, self._guard.seal(topic, dump(message)))
 
     def _updates(self, number: int) -> Iterator[Update]:
         for offer, payload in self._store.updates(number):
@@ -393,4 +406,5 @@ class Service:
         if self._state.phase != "gather":
             cut = self._broadcast(self._version(self._state.version))
         asked = directive_of(self._config, self._state, cut, rank=self._rank, hold_more=self._method.hold_more)
-        self._transport.publish(topics.directive(self._fleet), dump(asked), retain=True)
+        topic = topics.directive(self._fleet)
+        self._transport.publish(topic, self._guard.seal(topic, dump(asked)), retain=True)

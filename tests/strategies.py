@@ -146,7 +146,7 @@ def values(annotation: Any, metadata: Sequence[Any] = ()) -> st.SearchStrategy[A
         return models(origin)
     if origin is str and "pattern" in limits:
         return st.from_regex(limits["pattern"], fullmatch=True).filter(
-            lambda text: len(text) <= limits.get("max_length", 99)
+            lambda text: len(text) <= limits.get("max_length", 128)
         )
     return _PLAIN[origin](limits)
 

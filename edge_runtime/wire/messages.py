@@ -209,10 +209,14 @@ class Rejected(Model):
         "no-space",
         "fleet-full",
         "malformed",
+        "not-enrolled",
+        "revoked",
     ]
     reason: Annotated[str, Field(max_length=1024)]
     sha256: str = ""
     instance: str = ""
+    key: str = ""
+    """Of a refused enrolment: the public key that asked. Whoever has another one is not meant."""
 
 
 class Presence(Model):
@@ -229,7 +233,26 @@ class Presence(Model):
     session: Count = 0
 
 
-Message = Directive | Hello | Offer | Report | Welcome | Need | Accepted | Rejected | Presence
+class Enrol(Model):
+    """A device shows its new public key, and that it has the token it was given for it."""
+
+    v: Literal[1] = PROTOCOL
+    type: Literal["enrol"] = "enrol"
+    client: Name
+    key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    proof: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+
+
+class Enrolled(Model):
+    """The server knows this device by this key from now on."""
+
+    v: Literal[1] = PROTOCOL
+    type: Literal["enrolled"] = "enrolled"
+    client: Name
+    key: str
+
+
+Message = Directive | Hello | Offer | Report | Welcome | Need | Accepted | Rejected | Presence | Enrol | Enrolled
 
 _ANY: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 

@@ -61,6 +61,11 @@ def broadcast(fleet: str, digest: str, chunk: int | None = None) -> str:
     return f"{ROOT}/{fleet}/blob/{digest}/{'+' if chunk is None else chunk}"
 
 
+def broadcasts(fleet: str) -> str:
+    """The pattern of all chunks of all broadcast blobs."""
+    return f"{ROOT}/{fleet}/blob/#"
+
+
 def status(fleet: str, client: str) -> str:
     """Where a device's presence is retained; '+' for all devices."""
     return f"{ROOT}/{fleet}/c/{client}/status"

@@ -14,6 +14,7 @@ from edge_runtime.lora.adapter import Adapter, Pair
 from edge_runtime.state import DeviceState
 from edge_runtime.trainer import Delivered
 from edge_runtime.wire import bands, blobs, codec, topics
+from edge_runtime.wire.guard import OPEN, Guard
 from edge_runtime.wire.memory import MemoryBroker
 from edge_runtime.wire.messages import (
     Band,
@@ -39,7 +40,8 @@ GOAL = targets()
 class Desk:
     """A client whose turns the test takes, and the server's end of its topics."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, guard: Guard = OPEN) -> None:
+        self.guard = guard
         self.folder, self.broker, self.clock = folder, MemoryBroker(), Clock()
         self.server = self.broker.connect("server")
         for pattern in (topics.up(FLEET, "+"), topics.status(FLEET, "+"), topics.upload(FLEET, "+", "+")):
@@ -54,10 +56,10 @@ class Desk:
 
     def begin(self) -> None:
         """Start the device, as a new process does."""
-        self.transport = self.broker.connect(NAME, will=will(FLEET, NAME))
+        self.transport = self.broker.connect(NAME, will=will(FLEET, NAME, self.guard))
         self.disk = DeviceState(self.folder)
         self.client = Client(
-            Identity(FLEET, NAME, chunk_bytes=64),
+            Identity(FLEET, NAME, chunk_bytes=64, guard=self.guard),
             transport=self.transport,
             state=self.disk,
             trainer=self.trainer,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -22,6 +22,7 @@ from edge_runtime.keeper import Watch
 from edge_runtime.lora.adapter import Adapter
 from edge_runtime.state import DeviceState
 from edge_runtime.trainer import Delivered
+from edge_runtime.wire.guard import OPEN, Guard
 from edge_runtime.wire.memory import MemoryBroker, MemoryTransport
 from edge_runtime.wire.transport import Delivery
 from server import rounds
@@ -227,6 +228,7 @@ class Fleet:
         broker: another fleet's, where that matters.
         absent: devices that join later, by `join`.
         stutter: deliver so many messages a second time, again and again; 0 for never.
+        guards: participant → what signs for it; nothing does without.
     """
 
     def __init__(
@@ -239,7 +241,9 @@ class Fleet:
         broker: MemoryBroker | None = None,
         absent: tuple[str, ...] = (),
         stutter: int = 0,
+        guards: Callable[[str], AbstractContextManager[Guard]] = lambda _: nullcontext(OPEN),
     ) -> None:
+        self._guards = guards
         self.folder, self.config, self.broker, self.clock = folder, settings, broker or MemoryBroker(), Clock()
         self.notes: list[str] = []
         self.records: list[Mapping[str, Any]] = []
@@ -333,6 +337,7 @@ class Fleet:
         transport = self.transports["server"] = self.broker.connect("server")
         store = Store(self.folder / "server")
         service: Service | None = None
+        guards = ExitStack()
         try:
             service = Service(
                 self.config,
@@ -341,12 +346,14 @@ class Fleet:
                 say=self.notes.append,
                 record=self.records.append,
                 clock=self.clock,
+                guard=guards.enter_context(self._guards("server")),
             )
             service.run(lambda: self._look(service) or seat.stop(), poll=0.0)
         finally:
             self._look(service)
             transport.close()
             store.close()
+            guards.close()
 
     def _look(self, service: Service | None) -> bool:
         self.state = service.state if service else self.state
@@ -356,11 +363,13 @@ class Fleet:
         name = seat.name
         trainer = self._makers[name]()
         self.trainers[name].append(trainer)
-        transport = self.transports[name] = self.broker.connect(name, will=will(self.config.fleet.name, name))
+        guards = ExitStack()
+        guard = guards.enter_context(self._guards(name))
+        transport = self.transports[name] = self.broker.connect(name, will=will(self.config.fleet.name, name, guard))
         disk = DeviceState(self.folder / name)
         try:
             client = Client(
-                Identity(self.config.fleet.name, name, chunk_bytes=UPLOAD_CHUNK),
+                Identity(self.config.fleet.name, name, chunk_bytes=UPLOAD_CHUNK, guard=guard),
                 transport=self._heard(transport, seat),
                 state=guarded(disk, seat.fuse),
                 trainer=guarded(trainer, seat.fuse),
@@ -375,6 +384,7 @@ class Fleet:
         finally:
             transport.close()
             disk.close()
+            guards.close()
 
     def _heard(self, transport: MemoryTransport, seat: Seat) -> MemoryTransport:
         stuttering = cast("MemoryTransport", Stutter(transport, self._stutter)) if self._stutter else transport

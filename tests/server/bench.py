@@ -10,6 +10,7 @@ from edge_runtime.lora.adapter import Adapter, Slot
 from edge_runtime.lora.algebra import cut
 from edge_runtime.trainer import AdapterSpec
 from edge_runtime.wire import bands, blobs, codec, topics
+from edge_runtime.wire.guard import OPEN, Guard
 from edge_runtime.wire.memory import MemoryBroker
 from edge_runtime.wire.messages import (
     Accepted,
@@ -35,7 +36,8 @@ GOAL = targets()
 class Bench:
     """A server whose turns the test takes, and what it said."""
 
-    def __init__(self, folder: Path, *overrides: str, broker: MemoryBroker | None = None) -> None:
+    def __init__(self, folder: Path, *overrides: str, broker: MemoryBroker | None = None, guard: Guard = OPEN) -> None:
+        self.guard = guard
         self.folder, self.broker, self.clock = folder, broker or MemoryBroker(), Clock()
         self.config = fleet_config(*overrides)
         self.notes: list[str] = []
@@ -53,6 +55,7 @@ class Bench:
             say=self.notes.append,
             record=self.records.append,
             clock=self.clock,
+            guard=self.guard,
         )
         self.service.run(lambda: True, poll=0.0)
 
@@ -88,15 +91,16 @@ class Bench:
 class Hand:
     """A device that says what the test wants it to say."""
 
-    def __init__(self, bench: Bench, name: str, rank: int = 2) -> None:
-        self.bench, self.name = bench, name
+    def __init__(self, bench: Bench, name: str, rank: int = 2, guard: Guard = OPEN) -> None:
+        self.bench, self.name, self.guard = bench, name, guard
         self.trainer = ToyTrainer(GOAL, rank=rank)
         self.transport = bench.broker.connect(name)
         self.transport.subscribe(topics.down(FLEET, name))
 
     def say(self, message: Message, *, topic: str = "") -> list[Message]:
         """Publish a message; returns what the server answers."""
-        self.transport.publish(topic or topics.up(FLEET, self.name), dump(message))
+        topic = topic or topics.up(FLEET, self.name)
+        self.transport.publish(topic, self.guard.seal(topic, dump(message)))
         return self.heard()
 
     def heard(self) -> list[Message]:
