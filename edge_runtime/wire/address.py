@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.wire.keys import check_private
 
 LONGEST_CLIENT_ID = 128
 
@@ -72,11 +73,13 @@ class BrokerAddress:
         """The TLS settings of an encrypted connection: the broker's certificate and host name are always verified.
 
         Raises:
-            ConfigError: a file is missing or is not PEM.
+            ConfigError: a file is missing or is not PEM, or others can read the private key.
         """
         try:
             context = ssl.create_default_context(cafile=self.tls_ca)
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
             if self.tls_cert is not None:
+                check_private(self.tls_key or self.tls_cert, "the private key of this client's certificate")
                 context.load_cert_chain(self.tls_cert, self.tls_key)
         except OSError as error:
             files = ", ".join(str(path) for path in (self.tls_ca, self.tls_cert, self.tls_key) if path is not None)

@@ -20,6 +20,7 @@ from paho.mqtt.enums import MQTTErrorCode
 from paho.mqtt.reasoncodes import ReasonCode
 
 from edge_runtime.errors import BrokerError
+from edge_runtime.wire import certificates
 from edge_runtime.wire.address import BrokerAddress
 from edge_runtime.wire.bucket import Pace
 
@@ -188,6 +189,7 @@ class Link:
                 if self.connected:
                     self._hooks.opened()
         except OSError as error:
+            self._check_certificates()
             return f"unreachable ({error.strerror or error})"
         if refusal is not None and refusal.value in FINAL_REFUSALS:
             raise BrokerError(f"the broker at {self._address} refused us: {FINAL_REFUSALS[refusal.value]}")
@@ -195,7 +197,23 @@ class Link:
             return f"refused us for now ({refusal})"
         if self.connected:
             self._hooks.say(f"connected to the broker at {self._address}")
+        else:
+            self._check_certificates()
         return self._stay()
+
+    def _check_certificates(self) -> None:
+        """Whether TLS is why there was no answer: that waiting does not mend.
+
+        Raises:
+            BrokerError: it is; says whose certificate it is, and its dates.
+        """
+        if not self._address.encrypted or self.closing.is_set():
+            return
+        if self._address.tls_cert is not None:
+            certificates.check_dates(self._address.tls_cert)
+        found = certificates.verdict(self._address, self._address.tls_context())
+        if found is not None:
+            raise BrokerError(found)
 
     def _await_answer(self) -> ReasonCode | None:
         """Run paho's loop until the broker has accepted us, which sets `connected`, or refused us: then its reason."""

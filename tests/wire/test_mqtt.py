@@ -151,10 +151,10 @@ def test_tls_verifies_both_ends(kind: str, start_broker: StartBroker, certificat
     assert delivery is not None
     assert len(delivery.payload) == 10 * CHUNK
     one.close()
-    with pytest.raises(BrokerError, match="no broker"):
-        connect(BrokerAddress(at.host, at.port, tls_ca=cert), "two", on_event=quiet, random=Random(0), patience=1.0)
-    with pytest.raises(BrokerError, match=r"(?i)certificate verify failed"):
-        connect(BrokerAddress(at.host, at.port, tls=True), "three", on_event=quiet, random=Random(0), patience=1.0)
+    with pytest.raises(BrokerError, match="it wants a certificate of this client"):
+        connect(BrokerAddress(at.host, at.port, tls_ca=cert), "two", on_event=quiet, random=Random(0), patience=20)
+    with pytest.raises(BrokerError, match=r"which the authorities of this system did not sign"):
+        connect(BrokerAddress(at.host, at.port, tls=True), "three", on_event=quiet, random=Random(0), patience=20)
 
 
 def test_an_address_that_cannot_be_is_a_configuration_error(tmp_path: Path) -> None:
