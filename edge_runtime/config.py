@@ -65,6 +65,23 @@ class Broker(Section):
     keyfile: Path | None = None
     patience: Annotated[float, Field(gt=0)] | None = None
     """Seconds to go on trying before the first connection; None tries for ever."""
+    insecure: bool = False
+    """Whether less than TLS and signatures will do although the broker is on another machine."""
+
+
+class Security(Section):
+    """The keys that messages are signed with; `edge-runtime provision` makes them."""
+
+    signing_key: Path | None = None
+    """This end's private key."""
+    server_key: Path | None = None
+    """A device: the server's public key, or the old and the new one while it changes."""
+    roster: Path | None = None
+    """A server: the devices of the fleet and their public keys."""
+    token_file: Path | None = None
+    """A device without a key: the one-time token with which it enrols the one that it makes."""
+    ledger: Path | None = None
+    """Where the counters of messages are kept; beside the signing key when absent."""
 
 
 class Rounds(Section):
@@ -243,6 +260,7 @@ class Config(Section):
 
     fleet: Fleet = Fleet()
     broker: Broker = Broker()
+    security: Security = Security()
     rounds: Rounds = Rounds()
     adapter: Adapter = Adapter()
     aggregator: Aggregator = Aggregator()
@@ -251,6 +269,13 @@ class Config(Section):
     device: Device = Device()
     governor: Governor = Governor()
     server: Server = Server()
+
+
+ANCHORED: Mapping[str, Sequence[str]] = {
+    "broker": ("password_file", "cafile", "certfile", "keyfile"),
+    "security": tuple(Security.model_fields),
+}
+"""Section → keys whose paths, in a file, begin at the folder of that file."""
 
 
 def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -263,16 +288,16 @@ def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: no such file, not TOML, an unknown section or key (lists the known ones), or a bad value.
     """
-    tree = _read(path) if path else {}
+    tree = _anchored(_read(path), path.parent) if path else {}
     for override in overrides:
         _apply(tree, override)
     return _validate(tree, str(path) if path else "--set")
 
 
 def dump(config: Config) -> str:
-    """The configuration as TOML that `load` reads back; keys that are None are left out."""
+    """The configuration as TOML that `load` reads back, from any folder; keys that are None are left out."""
     lines: list[str] = []
-    for section, values in config.model_dump(mode="json", exclude_none=True).items():
+    for section, values in _anchored(config.model_dump(mode="json", exclude_none=True), Path()).items():
         lines += [f"[{section}]", *(f"{_key(key)} = {_toml(value)}" for key, value in values.items()), ""]
     return "\n".join(lines)
 
@@ -293,6 +318,16 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"configuration file expected at {path}; found none; check the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} is not a readable TOML file: {error}") from error
+
+
+def _anchored(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The tree with the paths of its secrets starting at a folder, so that a device's folder can be moved whole."""
+    for section, keys in ANCHORED.items():
+        table = tree.get(section)
+        if isinstance(table, dict):
+            found = {key: str(folder.absolute() / table[key]) for key in keys if isinstance(table.get(key), str)}
+            tree[section] = table | found
+    return tree
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

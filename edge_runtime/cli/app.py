@@ -26,6 +26,9 @@ Layers = Annotated[int | None, typer.Option(help="Train the last so many layers,
 Precision = Annotated[
     str | None, typer.Option(help="Of the base: nf4, int8, bf16, fp16 or fp32; the plan's choice if absent.")
 ]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Go without TLS and signatures although others share the network.")
+]
 MemoryLimit = Annotated[str | None, typer.Option(help="What training may use, such as 900M or 2G.")]
 
 
@@ -98,6 +101,7 @@ def client(
     held: Held = None,
     layers: Layers = None,
     precision: Precision = None,
+    insecure: Insecure = False,
     config: ConfigFile = None,
     overrides: Overrides = None,
     json: Json = False,
@@ -109,13 +113,14 @@ def client(
         "name": name, "data": data, "base": base, "state_dir": state_dir,
         "rank": rank, "held": held, "layers_trained": layers, "precision": precision,
     }  # fmt: skip
-    return verb.run(flags, broker, memory_limit, config, overrides or [], json=json)
+    return verb.run(flags, broker, memory_limit, config, overrides or [], insecure=insecure, json=json)
 
 
 @app.command()
 def server(
     broker: Annotated[str | None, typer.Option(help="HOST[:PORT].")] = None,
     store: Annotated[Path | None, typer.Option(help="Folder of the fleet's durable state.")] = None,
+    insecure: Insecure = False,
     config: ConfigFile = None,
     overrides: Overrides = None,
     json: Json = False,
@@ -123,7 +128,7 @@ def server(
     """Run a fleet."""
     from edge_runtime.cli import server as verb
 
-    return verb.run(broker, store, config, overrides or [], json=json)
+    return verb.run(broker, store, config, overrides or [], insecure=insecure, json=json)
 
 
 @app.command()
@@ -132,11 +137,41 @@ def broker(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="TCP port.", min=1, max=65535)] = 1883,
     store: Annotated[Path, typer.Option(help="Folder of the broker's durable state.")] = Path("edge-broker"),
+    provisioned: Annotated[
+        Path | None, typer.Option(help="The folder 'broker' of a provisioned fleet: its certificates and rules.")
+    ] = None,
+    insecure: Insecure = False,
 ) -> int:
     """Run the embedded broker alone."""
     from edge_runtime.cli import broker as verb
 
-    return verb.run(kind, host, port, store)
+    return verb.run(kind, host, port, store, provisioned, insecure=insecure)
+
+
+@app.command()
+def provision(
+    folder: Annotated[Path, typer.Argument(metavar="FLEET_DIR", help="Folder of the fleet's secrets.")],
+    devices: Annotated[str, typer.Option(help="Devices to add, with commas.")] = "",
+    host: Annotated[list[str] | None, typer.Option(help="Name or address of the broker; repeatable.")] = None,
+    port: Annotated[int | None, typer.Option(help="TCP port of the broker; 8883.", min=1, max=65535)] = None,
+    fleet: Annotated[str | None, typer.Option(help="The fleet's name.")] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="New devices make their key and enrol it once.")] = False,
+    renew: Annotated[str, typer.Option(help="Devices that get new keys, with commas; the old are revoked.")] = "",
+    revoke: Annotated[str | None, typer.Option(help="A device that no longer belongs to the fleet.")] = None,
+    why: Annotated[str, typer.Option(help="Told to a revoked device.")] = "by its operator",
+    broker_folder: Annotated[
+        Path | None, typer.Option(help="Where the folder 'broker' will lie on the broker's machine.")
+    ] = None,
+) -> int:
+    """Keys, certificates, broker configuration and access rules for a fleet."""
+    from edge_runtime.cli import provision as verb
+    from edge_runtime.provision.bundle import Order
+
+    def names(text: str) -> list[str]:
+        return [name for name in map(str.strip, text.split(",")) if name]
+
+    order = Order(folder, fleet, tuple(host or ()), port, names(devices), tokens, names(renew), broker_folder)
+    return verb.run(order, revoke, why)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_runtime import config as settings
 from edge_runtime import sensors
-from edge_runtime.cli import shell
+from edge_runtime.cli import guards, shell
 from edge_runtime.client import Client
 from edge_runtime.config import Config
 from edge_runtime.errors import INTERRUPTED, ConfigError, DeviceMemoryError, ExportError, missing_extra
@@ -36,10 +36,12 @@ def run(
     file: Path | None,
     overrides: Sequence[str],
     *,
+    insecure: bool,
     json: bool,
 ) -> int:
     """Take part until the fleet has finished; 130 when interrupted (the same command goes on)."""
-    config = _configure(flags, broker, memory_limit, file, overrides)
+    config = guards.with_insecure(_configure(flags, broker, memory_limit, file, overrides), insecure)
+    guards.check(config)
     device = config.device
     name = shell.device_name(config)
     say = shell.logger(name, as_json=json)
@@ -53,10 +55,12 @@ def run(
         state = DeviceState(device.state_dir)
         closing.callback(state.close)
         rates = Rates(device.max_upload_rate, device.max_download_rate)
-        transport = shell.connect(config, f"edge-{fleet}-{name}", say, stop, will(fleet, name), rates)
+        guard = closing.enter_context(guards.of_device(config))
+        transport = shell.connect(config, f"edge-{fleet}-{name}", say, stop, will(fleet, name, guard), rates)
         closing.callback(transport.close)
+        guards.enrol(config, name, transport, guard, say, stop)
         client = Client(
-            Identity(fleet, name, config.wire.chunk_bytes, instance_of(state)),
+            Identity(fleet, name, config.wire.chunk_bytes, instance_of(state), guard),
             transport=transport,
             state=state,
             trainer=trainer,

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from edge_runtime.config import Aggregator, Config, cache_dir, dump, load
+from edge_runtime.config import ANCHORED, Aggregator, Config, cache_dir, dump, load
 from edge_runtime.errors import ConfigError
 from edge_runtime.wire import topics
 from tests.strategies import laws, models
@@ -49,7 +49,16 @@ def test_every_section_is_a_model() -> None:
 @laws
 @given(models(Config))
 def test_what_is_dumped_loads_again(written: Written, config: Config) -> None:
-    assert load(written(dump(config))) == config
+    """From any folder: the paths of secrets, which begin at the file's, are written in full."""
+    anchored = load(written(dump(config)))
+    here = Path.cwd()
+
+    assert load(written(dump(anchored))) == anchored
+    for section, keys in ANCHORED.items():
+        for key in keys:
+            before, after = getattr(getattr(config, section), key), getattr(getattr(anchored, section), key)
+            assert after == (None if before is None else here / before)
+    assert anchored.model_copy(update={section: getattr(config, section) for section in ANCHORED}) == config
 
 
 @pytest.mark.parametrize("said", ["jsonl, tensorboard", "jsonl,tensorboard,", '["jsonl", "tensorboard"]'])
