@@ -1,7 +1,7 @@
 """Who may say what at the broker, in the brokers' own languages.
 
-A device writes below `edge/<fleet>/c/<its name>/` alone, and reads the Directive, the broadcast blobs and what the
-server says to it. The server has the whole of its fleet, and nothing else. A client's name is the common name of its
+A device writes below `edge/<fleet>/c/<its name>/` alone, and reads the Directive, the broadcast blobs, what the
+server says to it and its own presence. The server has the whole of its fleet, and nothing else. A client's name is the common name of its
 certificate, which its connection has proved.
 """
 
@@ -37,7 +37,8 @@ def acl(fleet: str) -> str:
             f"pattern read {topics.broadcasts(fleet)}",
             f"pattern read {topics.down(fleet, '%u')}",
             f"pattern write {topics.up(fleet, '%u')}",
-            f"pattern write {topics.status(fleet, '%u')}",
+            # It contradicts a last will that comes late.
+            f"pattern readwrite {topics.status(fleet, '%u')}",
             f"pattern write {topics.upload(fleet, '%u', '+')}",
             f"pattern readwrite {topics.link(fleet, '%u')}",
             "",
@@ -81,7 +82,14 @@ def _device(fleet: str, name: str) -> str:
         topics.upload(fleet, name, "+"),
         topics.link(fleet, name),
     ]
-    hears = [topics.directive(fleet), topics.broadcasts(fleet), topics.down(fleet, name), topics.link(fleet, name)]
+    hears = [
+        topics.directive(fleet),
+        topics.broadcasts(fleet),
+        topics.down(fleet, name),
+        # It contradicts a last will that comes late.
+        topics.status(fleet, name),
+        topics.link(fleet, name),
+    ]
     return _user(name, [_subject(topic) for topic in says], [_subject(topic) for topic in hears])
 
 
