@@ -236,7 +236,10 @@ def _received(state: State, message: Message) -> tuple[State, list[Action]]:
 
 
 def _directed(state: State, directive: Directive) -> tuple[State, list[Action]]:
-    before, state = state.directive, replace(state, directive=directive)
+    before = state.directive
+    if before and before.run == directive.run and _progress(directive) < _progress(before):
+        return state, []  # a broker that repeats, or keeps an older memory, takes no fleet back
+    state = replace(state, directive=directive)
     if state.busy == "fetching" and _work(before) != _work(directive):
         # What was being fetched may never come: after a broker forgot, only the current version is published again.
         state = replace(state, busy="")
@@ -248,6 +251,11 @@ def _directed(state: State, directive: Directive) -> tuple[State, list[Action]]:
     # The fleet began anew: nothing that was trained for its former life has a meaning in this one.
     state = replace(state, run=directive.run, outbox=None, settled=0, welcomed=False)
     return state, [Adopt(directive.run), *([Say(state.hello)] if state.hello else [])]
+
+
+def _progress(directive: Directive) -> tuple[int, int]:
+    """How far a life of the fleet has come: it never goes back."""
+    return directive.round, directive.version
 
 
 def _work(directive: Directive | None) -> object:

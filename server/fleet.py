@@ -88,6 +88,30 @@ def rival(member: Member, instance: str, session: int) -> tuple[Member, Rejected
     )
 
 
+def unbearable(hello: Hello, rank: int, most: int) -> str:
+    """Why this server could not bear the global adapter that a device's layers make, or ''.
+
+    The first device says how large the layers are, and believing it without a bound would cost all memory. The bound
+    is that of an update that is decompressed: a larger adapter's updates would be refused anyway.
+
+    Args:
+        hello: what the device said.
+        rank: of the global adapter.
+        most: bytes that it may have.
+
+    Raises:
+        CorruptPayloadError: a slot that cannot be.
+    """
+    shapes = ungroup(hello.groups).shapes
+    size = 4 * sum(min(rank, *shape) * sum(shape) for shape in shapes.values())
+    if size <= most:
+        return ""
+    return (
+        f"at rank {rank} your layers make an adapter of {size} bytes; this server bears {most}; "
+        "raise [wire] max_upload_bytes, or choose fewer target modules or a smaller [aggregator] rank"
+    )
+
+
 def choose(members: Mapping[str, Member], fraction: float, round_number: int, seed: int) -> tuple[str, ...]:
     """The online devices that a round asks: the fraction with the lowest hash of (seed, round, name).
 

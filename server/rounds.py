@@ -49,6 +49,7 @@ class State(Model):
         members: device name → what it said.
         asked: devices whose updates this round waits for.
         stored: device name → SHA-256 of its stored update of this round.
+        merged: device name → SHA-256 of its last update of a former round: whoever was away when it was accepted asks.
         ended: devices whose fleet life is over: their last report said done or failed.
         paused: device name → when it first said that it pauses; see `_moves`.
         progress_at: when something last moved.
@@ -62,6 +63,7 @@ class State(Model):
     members: dict[Name, Member] = Field(default_factory=dict)
     asked: tuple[Name, ...] = ()
     stored: dict[Name, str] = Field(default_factory=dict)
+    merged: dict[Name, str] = Field(default_factory=dict)
     ended: dict[Name, Report] = Field(default_factory=dict)
     paused: dict[Name, float] = Field(default_factory=dict)
     progress_at: float = 0.0
@@ -240,7 +242,7 @@ def _not_asked(state: State, client: str) -> State:
 
 
 def _offer(state: State, offer: Offer, policy: Policy) -> tuple[State, list[Action]]:
-    if state.stored.get(offer.client) == offer.blob.sha256:
+    if offer.blob.sha256 in {state.stored.get(offer.client), state.merged.get(offer.client)}:
         return state, [Reply(offer.client, Accepted(sha256=offer.blob.sha256, round=offer.round))]
     if offer.client in state.members and offer.round == state.round:
         state = _asked_too(state, offer.client, policy)
@@ -378,6 +380,7 @@ def _others(state: State, gone: int, policy: Policy) -> list[str]:
 
 
 def _next_round(state: State, actions: list[Action], policy: Policy) -> tuple[State, list[Action]]:
+    state = state.model_copy(update={"merged": {**state.merged, **state.stored}})
     if state.round >= policy.num_rounds:
         state = state.model_copy(update={"phase": "finish", "asked": (), "stored": {}})
         return state, [*actions, Announce(), Note(f"all {policy.num_rounds} rounds are merged; devices finish")]

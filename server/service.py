@@ -19,12 +19,9 @@ from edge_runtime.errors import (
     AuthenticityError,
     CorruptPayloadError,
     DiskFullError,
-    TooLargeError,
     WireError,
 )
-from edge_runtime.lora.adapter import Adapter
-from edge_runtime.lora.algebra import changed, take
-from edge_runtime.wire import bands, blobs, codec, topics
+from edge_runtime.wire import blobs, codec, topics
 from edge_runtime.wire.guard import OPEN, Guard
 from edge_runtime.wire.messages import (
     Band,
@@ -43,10 +40,19 @@ from edge_runtime.wire.transport import Delivery, Transport
 from server import aggregators, rounds, screening
 from server.aggregators.method import Update, load_state, save_state
 from server.directing import directive_of
+from server.downlink import Downlink
+from server.fleet import unbearable
 from server.journal import Journal
+from server.resuming import Resuming
 from server.shortage import Shortage, blob_of, said_once
+from server.slices import update_of
 from server.staging import Staging
 from server.store import Store, StoredVersion
+
+DECODED = 8
+"""Bytes that an upload may decompress to, and a global adapter may have, as a multiple of `wire.max_upload_bytes`."""
+HARMLESS = 64 << 20
+"""Bytes of a global adapter that any server bears."""
 
 
 class Service:
@@ -97,7 +103,8 @@ class Service:
         self._limits = screening.Limits(own.max_norm_ratio, own.max_update_norm)
         self._shortage = Shortage(clock, say)
         self._fleet = config.fleet.name
-        self._decoded: tuple[int, Adapter] | None = None
+        self._downlink = Downlink(config.fleet.name, config.wire, transport, store)
+        self._resuming = Resuming(clock)
         saved = store.rounds()
         if saved is None:
             self._state, self._pending = rounds.begin(secrets.token_hex(8), config.fleet.base, clock())
@@ -120,15 +127,18 @@ class Service:
         self._store.save_rounds(self._state.model_dump_json())
         self._journal.write()
         self._perform(self._pending)
+        self._clear()
         sessions, ticked = self._transport.sessions, self._clock()
         while not stop() and self._state.phase != "over":
             delivery = self._transport.receive(poll)
             if delivery is not None:
                 self.handle(delivery)
+            self._ask_for_rest()
             if self._transport.sessions != sessions:
                 # A broker that came back may have forgotten what it retained.
                 sessions = self._transport.sessions
                 self._announce()
+                self._clear()
             if self._clock() - ticked >= poll:
                 ticked = self._clock()
                 self.tick()
@@ -205,7 +215,11 @@ class Service:
                 if isinstance(message, Report) and client in self._state.members:
                     self._journal.note({"event": "report", **message.model_dump(mode="json", exclude_none=True)})
                 elif isinstance(message, Hello):
-                    ungroup(message.groups)  # raises for a slot that cannot be
+                    most = max(DECODED * self._config.wire.max_upload_bytes, HARMLESS)
+                    problem = unbearable(message, self._rank, most)
+                    if problem:
+                        self._perform([rounds.Reply(client, Rejected(code="shape", reason=problem))])
+                        raise CorruptPayloadError(f"'{client}': {problem}")
                 return rounds.Heard(message)
             case Presence() if message.client == client:
                 return rounds.PresenceChanged(client, message.state == "online", message.instance, message.session)
@@ -221,6 +235,7 @@ class Service:
                 f"chunk {topic.chunk} of {topic.digest[:12]} has {len(payload)} bytes, which is wrong"
             )
         new, have = self._staging.add(offer, topic.chunk, payload)
+        self._resuming.moved(topic.client)
         whole = not blobs.missing(offer.blob, have)
         # A device that only repeats a chunk must not hold up the round for ever.
         return rounds.Moved(offer if whole else None) if new or whole else None
@@ -254,37 +269,8 @@ class Service:
         self._apply(rounds.Refused(offer, refusal))
 
     def _update(self, offer: Offer, payload: bytes) -> Update:
-        """What the method merges: the slice as the device decoded it, and as it left it.
-
-        The slice is read from the update and not from the device's hello: whoever restarts may say hello with another
-        plan while the update of its former one is on its way, or waits for the merge.
-
-        Raises:
-            WireError: the payload does not decode, or is no slice of the version that it was trained from.
-        """
-        change = codec.decode(payload, limit=8 * self._config.wire.max_upload_bytes)
-        sent = self._received(offer.version)
-        for name, pair in change.items():
-            known = sent.layers.get(name)
-            if known is None or pair.shape != known.shape or not 0 < pair.rank <= known.rank:
-                expected = f"{known.shape} at rank 1 to {known.rank}" if known else "no such layer"
-                raise CorruptPayloadError(
-                    f"layer '{name}' of '{offer.client}': expected {expected}, found {pair.shape} at rank {pair.rank}; "
-                    "train from the version that the directive names"
-                )
-        received = Adapter({name: take(sent[name], range(pair.rank)) for name, pair in change.items()})
-        trained = Adapter({name: changed(received[name], pair) for name, pair in change.items()})
-        return Update(offer.client, float(offer.examples), received, trained)
-
-    def _received(self, version: int) -> Adapter:
-        """A version exactly as devices decoded it."""
-        if self._decoded is None or self._decoded[0] != version:
-            stored = self._store.version(version)
-            payloads = [self._store.blob(band.blob.sha256) for band in stored.bands] if stored else [None]
-            if any(payload is None for payload in payloads):
-                raise CorruptPayloadError(f"version {version} has retired; train from the current one")
-            self._decoded = version, bands.join([codec.decode(payload) for payload in payloads if payload is not None])
-        return self._decoded[1]
+        change = codec.decode(payload, limit=DECODED * self._config.wire.max_upload_bytes)
+        return update_of(offer, change, self._downlink.received(offer.version))
 
     def _apply(self, event: rounds.Event, persist: Callable[[str], None] | None = None) -> None:
         before = self._state
@@ -313,15 +299,30 @@ class Service:
                     self._say(text)
 
     def _stage(self, offer: Offer) -> None:
+        known = self._store.offer_of(offer.client) == offer
         have = self._staging.begin(offer)
         if isinstance(have, Rejected):
             self._perform([rounds.Reply(offer.client, have)])
             return
         lacking = blobs.missing(offer.blob, have)
+        if known and lacking:
+            self._resuming.offered(offer.client)
+            return
+        self._resuming.settled(offer.client)
         if lacking:
-            self._tell(offer.client, Need(sha256=offer.blob.sha256, ranges=blobs.as_ranges(lacking)[:4096]))
+            self._need(offer, lacking)
         else:
             self._complete(offer)
+
+    def _ask_for_rest(self) -> None:
+        """Answer the offers that were said again, where it is time to."""
+        for client in self._resuming.due():
+            offer = self._store.offer_of(client)
+            if offer is not None:
+                self._need(offer, blobs.missing(offer.blob, self._store.offered(offer)))
+
+    def _need(self, offer: Offer, lacking: list[int]) -> None:
+        self._tell(offer.client, Need(sha256=offer.blob.sha256, ranges=blobs.as_ranges(lacking)[:4096]))
 
     def _tell(self, client: str, message: Message) -> None:
         topic = topics.down(self._fleet, client)
@@ -339,7 +340,7 @@ class Service:
         # The products are thin: BLAS threads gain nothing, and on busy cores they wait for each other (decision 0004).
         with threadpool_limits(1):
             merged = self._method.combine(load_state(base.state), self._updates(number))
-        version, payloads = self._cut(self._state.version + 1, save_state(merged.state), merged.state.adapter)
+        version, payloads = self._downlink.cut(self._state.version + 1, save_state(merged.state), merged.state.adapter)
         lost = sum(layer.lost**2 for layer in merged.layers.values()) ** 0.5
         event = {
             "event": "merge", "round": number, "version": version.version, "truncation": merged.truncation,
@@ -355,10 +356,11 @@ class Service:
             )
 
         self._apply(rounds.MergeDone(version.version), persist)
+        self._clear()
+
+    def _clear(self) -> None:
         # The version before the last one has no reader left: its devices were answered when their round closed.
-        for ref in self._store.retire(version.version - 2):
-            for chunk in range(ref.chunks):
-                self._transport.publish(topics.broadcast(self._fleet, ref.sha256, chunk), b"", retain=True)
+        self._downlink.clear(self._state.version - 2)
 
     def _version(self, number: int) -> StoredVersion:
         """A stored version; the first one is made when the fleet's shapes are known."""
@@ -369,33 +371,9 @@ class Service:
             raise AggregationError(f"version {number} is not in the store; restore the store from a backup")
         shapes = ungroup(next(iter(self._state.members.values())).hello.groups).shapes
         fresh = self._method.init(shapes, self._rank, self._config.training.seed)
-        version, payloads = self._cut(0, save_state(fresh), fresh.adapter)
+        version, payloads = self._downlink.cut(0, save_state(fresh), fresh.adapter)
         self._store.save_version(version, payloads)
         return version
-
-    def _cut(self, number: int, state: bytes, adapter: Adapter) -> tuple[StoredVersion, list[bytes]]:
-        """A version's bands and their payloads."""
-        wire = self._config.wire
-        ranges = bands.edges_for(max(adapter.ranks.values()), wire.band_edges)
-        payloads = [codec.encode(bands.band(adapter, start, stop), wire.codec_down) for start, stop in ranges]
-        refs = [blobs.describe(payload, wire.chunk_bytes) for payload in payloads]
-        cut = tuple(Band(start=start, stop=stop, blob=ref) for (start, stop), ref in zip(ranges, refs, strict=True))
-        return StoredVersion(number, state, cut), payloads
-
-    def _broadcast(self, version: StoredVersion) -> tuple[Band, ...]:
-        """Publish the bands of a version, in chunks that the broker takes; returns how they are cut now."""
-        size = max(band.blob.chunk_bytes for band in version.bands)
-        if size > self._transport.largest:
-            version = version.cut(blobs.smaller(size, self._transport.largest))
-            self._store.recut(version)
-        try:
-            for band in version.bands:
-                payload = self._store.blob(band.blob.sha256)
-                for index, chunk in enumerate(blobs.split(payload or b"", band.blob.chunk_bytes)):
-                    self._transport.publish(topics.broadcast(self._fleet, band.blob.sha256, index), chunk, retain=True)
-        except TooLargeError:
-            return self._broadcast(version)  # it turned out while we published
-        return version.bands
 
     def _announce(self) -> None:
         """Publish the bands of the current version, then the Directive that names them.
@@ -404,7 +382,7 @@ class Service:
         """
         cut: tuple[Band, ...] = ()
         if self._state.phase != "gather":
-            cut = self._broadcast(self._version(self._state.version))
+            cut = self._downlink.broadcast(self._version(self._state.version))
         asked = directive_of(self._config, self._state, cut, rank=self._rank, hold_more=self._method.hold_more)
         topic = topics.directive(self._fleet)
         self._transport.publish(topic, self._guard.seal(topic, dump(asked)), retain=True)

@@ -136,21 +136,30 @@ class Store:
         row = self._db.execute("SELECT payload FROM blobs WHERE sha256 = ?", (sha256,)).fetchone()
         return bytes(row[0]) if row else None
 
-    def retire(self, version: int) -> list[BlobRef]:
-        """Forget the blobs and updates of a version and of those before it; returns what the broker should clear.
+    def outdated(self, version: int, *, since: int = 0) -> list[BlobRef]:
+        """What the broker should not keep: blobs of a version and of those before it that no newer version shares.
 
-        Blobs that a newer version shares stay. So do merged states: a version can always be exported.
+        All that are still here, and of versions from `since` on also those that `retire` has forgotten.
         """
-        old: dict[str, BlobRef] = {}
+        old: dict[str, tuple[int, BlobRef]] = {}
         newer: set[str] = set()
-        for number, bands in self._db.execute("SELECT version, bands FROM versions"):
+        for number, bands in self._db.execute("SELECT version, bands FROM versions ORDER BY version"):
             refs = {band["blob"]["sha256"]: BlobRef.model_validate(band["blob"]) for band in json.loads(bands)}
             if number > version:
                 newer.update(refs)
             else:
-                old.update(refs)
+                old |= {sha256: (number, ref) for sha256, ref in refs.items()}
         here = {sha256 for (sha256,) in self._db.execute("SELECT sha256 FROM blobs")}
-        gone = [ref for sha256, ref in old.items() if sha256 in here - newer]
+        return [
+            ref for sha256, (number, ref) in old.items() if sha256 not in newer and (number >= since or sha256 in here)
+        ]
+
+    def retire(self, version: int) -> list[BlobRef]:
+        """Forget the blobs and updates of a version and of those before it; returns the blobs that were here.
+
+        Blobs that a newer version shares stay. So do merged states: a version can always be exported.
+        """
+        gone = self.outdated(version, since=version + 1)
         with self._transaction():
             self._db.executemany("DELETE FROM blobs WHERE sha256 = ?", [(ref.sha256,) for ref in gone])
             self._db.execute("DELETE FROM updates WHERE round <= ?", (version,))

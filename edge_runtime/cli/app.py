@@ -141,11 +141,18 @@ def broker(
         Path | None, typer.Option(help="The folder 'broker' of a provisioned fleet: its certificates and rules.")
     ] = None,
     insecure: Insecure = False,
+    hub: Annotated[
+        int | None, typer.Option(help="Be a hub: brokers of other sites connect to this port.", min=1, max=65535)
+    ] = None,
+    leaf_of: Annotated[
+        str | None, typer.Option(help="Be another site's broker: HOST:PORT of the hub, which keeps everything.")
+    ] = None,
 ) -> int:
     """Run the embedded broker alone."""
     from edge_runtime.cli import broker as verb
 
-    return verb.run(kind, host, port, store, provisioned, insecure=insecure)
+    verb_order = verb.Order(kind, host, port, store, provisioned, hub=hub, leaf_of=leaf_of)
+    return verb.run(verb_order, insecure=insecure)
 
 
 @app.command()

@@ -1,8 +1,8 @@
 """Who may say what at the broker, in the brokers' own languages.
 
 A device writes below `edge/<fleet>/c/<its name>/` alone, and reads the Directive, the broadcast blobs, what the
-server says to it and its own presence. The server has the whole of its fleet, and nothing else. A client's name is the common name of its
-certificate, which its connection has proved.
+server says to it and its own presence. The server has the whole of its fleet, and nothing else. A client's name is the
+common name of its certificate, which its connection has proved.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ its log (`broker.log`), its data, and a lock that its process holds as long as i
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -29,6 +30,8 @@ from edge_runtime.wire.address import BrokerAddress
 MIB = 2**20
 LOG = "broker.log"
 LOG_LINES_SHOWN = 12
+DOMAIN = "edge"
+"""Names the hub's JetStream, so that a leaf finds it across the link."""
 # A complete MQTT 3.1.1 CONNECT: clean session, keep-alive 10 s, client id "ready?". Whatever CONNACK says, the broker
 # serves; a mere open port does not tell.
 CONNECT = b"\x10\x12\x00\x04MQTT\x04\x02\x00\x0a\x00\x06ready?"
@@ -51,6 +54,11 @@ class Settings:
         max_memory: NATS only. Bytes of memory it tries to stay below; a soft limit, kept by collecting garbage sooner.
         listener_lines: lines for the MQTT listener, in the broker's own language: TLS, authorisation.
         other_lines: lines at the top level of its configuration, likewise.
+        hub_port: NATS only. Makes it a hub: the brokers of other sites connect to this port of its host.
+        leaf_of: NATS only. Makes it another site's broker, a leaf: the HOST:PORT where its hub lets leaves in. A leaf
+            keeps nothing; sessions and retained messages of its clients live with the hub, and reach them again when a
+            link that was cut is back.
+        leaf_lines: lines for the hub's listener for leaves, or for a leaf's way to its hub: TLS, authorisation.
     """
 
     max_payload: int = 8 * MIB
@@ -61,6 +69,9 @@ class Settings:
     max_memory: int = 512 * MIB
     listener_lines: Sequence[str] = ()
     other_lines: Sequence[str] = ()
+    hub_port: int | None = None
+    leaf_of: str | None = None
+    leaf_lines: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -94,9 +105,24 @@ def _find_mosquitto() -> Path:
 
 
 def _nats_lines(settings: Settings, store: Path, host: str, port: int) -> Sequence[str]:
+    if settings.leaf_of is not None:
+        kept = _leaf_lines(settings, settings.leaf_of, store)
+    else:
+        kept = [
+            # JetStream needs a name; a fixed one, for the store belongs to it.
+            "server_name: edge-runtime",
+            "jetstream {",
+            f"  store_dir: {json.dumps(str(store / 'jetstream'))}",
+            # Its MQTT streams are files; this only keeps the default, three quarters of the machine's memory, from it.
+            f"  max_memory_store: {64 * MIB}",
+            f"  max_file_store: {settings.max_store}",
+            *([] if settings.hub_port is None else [f"  domain: {DOMAIN}"]),
+            "}",
+        ]
+    if settings.hub_port is not None:
+        listener = f"host: {json.dumps(host)}, port: {settings.hub_port}"
+        kept += ["leafnodes {", f"  {listener}", *(f"  {line}" for line in settings.leaf_lines), "}"]
     return [
-        # JetStream needs a name; a fixed one, for the store belongs to it.
-        "server_name: edge-runtime",
         # The listener of NATS's own protocol cannot be left out: a free port, and nobody is told.
         'host: "127.0.0.1"',
         "port: -1",
@@ -105,20 +131,32 @@ def _nats_lines(settings: Settings, store: Path, host: str, port: int) -> Sequen
         # A slow link is not a dead one: keep writing. By default it hangs up after 10 s of one write, and a device
         # that reads 300 kB/s never gets its 12 MB of retained chunks; the keep-alive still finds the dead.
         "write_timeout: retry",
-        "jetstream {",
-        f"  store_dir: {json.dumps(str(store / 'jetstream'))}",
-        # Its MQTT streams are files; this only keeps the default, three quarters of the machine's memory, from it.
-        f"  max_memory_store: {64 * MIB}",
-        f"  max_file_store: {settings.max_store}",
-        "}",
+        *kept,
         "mqtt {",
         f"  host: {json.dumps(host)}",
         f"  port: {port}",
         f'  ack_wait: "{settings.ack_wait_s:g}s"',
         f"  max_ack_pending: {settings.max_ack_pending}",
+        *([] if settings.leaf_of is None else [f"  js_domain: {DOMAIN}"]),
         *(f"  {line}" for line in settings.listener_lines),
         "}",
         *settings.other_lines,
+    ]
+
+
+def _leaf_lines(settings: Settings, hub: str, store: Path) -> list[str]:
+    """A leaf has no JetStream of its own: with two, what is retained at one site would be sought at the other."""
+    # Two leaves of one name would be taken for one; the store is this leaf's own.
+    name = hashlib.sha256(f"{socket.gethostname()}:{store}".encode()).hexdigest()[:12]
+    return [
+        f"server_name: edge-runtime-leaf-{name}",
+        "leafnodes {",
+        "  reconnect: 2s",
+        "  remotes: [ {",
+        f"    url: {json.dumps(f'nats-leaf://{hub}')}",
+        *(f"    {line}" for line in settings.leaf_lines),
+        "  } ]",
+        "}",
     ]
 
 
@@ -183,12 +221,15 @@ def start(
 
     Raises:
         BrokerError: it did not start, with the last lines of its log; or another broker is using the store.
-        ConfigError: no such kind.
+        ConfigError: no such kind, or one that knows no hubs and leaves.
         MissingExtraError: the NATS server is not installed.
     """
     if kind not in BROKERS:
         raise ConfigError(unknown_name("broker", kind, BROKERS))
-    broker = EmbeddedBroker(kind, store.resolve(), host, port or _claim(host, 0), settings or Settings())
+    settings = settings or Settings()
+    if kind != "nats" and (settings.hub_port is not None or settings.leaf_of is not None):
+        raise ConfigError(f"hubs and leaves are NATS servers; found the broker '{kind}'; see its own bridges")
+    broker = EmbeddedBroker(kind, store.resolve(), host, port or _claim(host, 0), settings)
     broker.start(patience)
     return broker
 
@@ -275,7 +316,7 @@ class EmbeddedBroker:
 
     def _await_service(self, deadline: float, patience: float) -> None:
         while self.running and time.monotonic() < deadline:
-            if _serves(self.address):
+            if _serves(self.address, leaf=self._settings.leaf_of is not None):
                 return
             time.sleep(0.05)
         code = None if self._process is None else self._process.poll()
@@ -328,11 +369,16 @@ def _claim(host: str, port: int) -> int:
         ) from error
 
 
-def _serves(address: BrokerAddress) -> bool:
-    """Whether a broker answers CONNECT there; one that wants TLS complains or hangs up, which is an answer too."""
+def _serves(address: BrokerAddress, *, leaf: bool) -> bool:
+    """Whether a broker answers CONNECT there; one that wants TLS complains or hangs up, which is an answer too.
+
+    A leaf answers as soon as its hub does, and lives through the hub's absence: its open port must do.
+    """
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)  # noqa: S104 - told apart, not bound
     try:
         with socket.create_connection((host, address.port), timeout=2.0) as probe:
+            if leaf:
+                return True
             probe.sendall(CONNECT)
             answer = probe.recv(4)
             # CONNACK, or TLS's alert, or neither.

@@ -40,6 +40,8 @@ KEEPALIVE_S = 30
 TCP_TIMEOUT_S = 10.0
 SUBACK_TIMEOUT_S = 10.0
 RETRY_REFUSED_S = 10.0
+# AWS IoT Core refuses a request with more patterns than this.
+PATTERNS_AT_ONCE = 8
 
 
 def connect(
@@ -303,10 +305,10 @@ class MqttTransport:
             self._refused.clear()
         self._asked.clear()
         # Also where the broker says that it knows our session: some keep the session and lose its subscriptions.
-        if abandoned:
-            self._take_back(abandoned)
-        if wanted:
-            self._ask(wanted)
+        for some in _batches(abandoned):
+            self._take_back(some)
+        for some in _batches(wanted):
+            self._ask(some)
         for topic, payload, retain in held:
             self._send(topic, payload, retain)
 
@@ -315,9 +317,9 @@ class MqttTransport:
             due = [pattern for pattern, when in self._refused.items() if time.monotonic() >= when]
             for pattern in due:
                 del self._refused[pattern]
-        if due:
-            with self._link.gate:
-                self._ask(due)
+        with self._link.gate:
+            for some in _batches(due):
+                self._ask(some)
 
     # Called by paho, in the link's thread.
 
@@ -369,3 +371,7 @@ class MqttTransport:
             # Brokers acknowledge in order [MQTT-4.6.0-2]; should one not, only the window's bytes are off for a while.
             self._ceiling = acknowledged(self._ceiling, self._window.popleft())
             self._changed.notify_all()
+
+
+def _batches(patterns: list[str]) -> list[list[str]]:
+    return [patterns[at : at + PATTERNS_AT_ONCE] for at in range(0, len(patterns), PATTERNS_AT_ONCE)]

@@ -90,6 +90,16 @@ def test_a_directive_that_comes_twice_has_no_effect() -> None:
     assert device.happen(Received(first)) == [], "once the round is settled"
 
 
+@pytest.mark.parametrize("late", [directive("gather", 0), directive("train", 1)])
+def test_an_older_directive_that_comes_late_has_no_effect(late: Directive) -> None:
+    """A broker repeats it, or went back to an older memory; only a fleet that begins anew starts from the beginning."""
+    device = joined()
+    device.happen(Received(directive("train", 2)))
+    before = device.state
+    assert device.happen(Received(late)) == []
+    assert device.state == before
+
+
 def test_an_answer_that_comes_twice_or_belongs_to_another_update_has_no_effect() -> None:
     device, update = trained()
     other = offer("a", 1, payload=b"another")

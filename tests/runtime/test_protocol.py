@@ -133,6 +133,19 @@ def test_a_device_that_leaves_is_given_up_and_comes_back_with_what_it_had(folder
     assert fleet.delivered["c"] == 1
 
 
+def test_once_the_last_version_is_announced_devices_need_the_server_no_more(folder: Path) -> None:
+    """It goes away while everybody still has to finish; a device that was never here before finishes as well."""
+    devices: Devices = {**PAIR, "c": partial(ToyTrainer, GOAL, rank=8)}
+    fleet = fleet_in(folder, "alone", *BRISK, devices=devices, absent=("c",))
+    fleet.run(until=lambda: fleet.state is not None and fleet.state.phase == "finish")
+    fleet.leave("server")
+    fleet.join("c")
+    fleet.run(sweeps=200)
+    assert fleet.delivered == {"a": 1, "b": 1, "c": 1}
+    newest = fleet.trainers["c"][0]._received
+    assert newest.ranks == {name: min(16, *shape) for name, shape in SHAPES.items()}
+
+
 def test_a_device_that_comes_after_all_is_over_still_gets_its_personal_adapter(folder: Path) -> None:
     devices: Devices = {**PAIR, "c": partial(ToyTrainer, GOAL, rank=8)}
     fleet = fleet_in(folder, "over", *BRISK, devices=devices, absent=("c",)).run()

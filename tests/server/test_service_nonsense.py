@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -164,3 +165,16 @@ def test_our_own_failure_is_no_nonsense_from_outside(make: Callable[..., Bench])
     bench.store._db.execute("UPDATE versions SET state = x'00'")
     with pytest.raises(AggregationError, match="does not load"):
         first.send(offer, payload)
+
+
+def test_a_first_device_with_absurd_layers_is_refused_before_anything_is_allocated(make: Callable[..., Bench]) -> None:
+    """Whatever it says of its layers, the server would make a global adapter for them."""
+    bench = make("rounds.min_available_nodes=1")
+    hand = Hand(bench, "a")
+    sound = hand.introduction(bench.directive.adapter)
+    [huge, *_] = (part.model_copy(update={"d_out": 1 << 24, "layers": ((0, 1000),)}) for part in sound.groups)
+    [refusal] = hand.say(sound.model_copy(update={"groups": (huge,)}))
+    assert isinstance(refusal, Rejected)
+    assert (refusal.code, bench.directive.phase) == ("shape", "gather")
+    assert re.search(r"this server bears \d+; raise \[wire\] max_upload_bytes", refusal.reason)
+    assert hand.hello() == [Welcome(client="a", fleet=FLEET)]

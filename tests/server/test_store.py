@@ -267,3 +267,13 @@ def test_a_retirement_that_a_crash_prevented_is_made_up_for(store: Store) -> Non
     assert [ref.sha256 for ref in store.retire(0)] == [blobs.digest(b"band of 0")]
     assert {ref.sha256 for ref in store.retire(2)} == {blobs.digest(b"band of 1"), blobs.digest(b"band of 2")}
     assert store.retire(2) == [], "twice is once"
+
+
+def test_what_the_broker_should_not_keep_is_known_before_and_for_a_while_after_it_is_forgotten(store: Store) -> None:
+    for number in range(5):
+        store.save_version(version(number, f"band of {number}".encode()), [f"band of {number}".encode()])
+    named = {number: blobs.digest(f"band of {number}".encode()) for number in range(5)}
+    assert [ref.sha256 for ref in store.outdated(2, since=2)] == [named[0], named[1], named[2]], "all are still here"
+    store.retire(2)
+    assert [ref.sha256 for ref in store.outdated(2, since=1)] == [named[1], named[2]]
+    assert [ref.sha256 for ref in store.outdated(3, since=3)] == [named[3]]

@@ -1,0 +1,78 @@
+"""What the fleet reads: versions cut into bands, published while somebody reads them, and cleared afterwards."""
+
+from __future__ import annotations
+
+from edge_runtime.config import Wire
+from edge_runtime.errors import CorruptPayloadError, TooLargeError
+from edge_runtime.lora.adapter import Adapter
+from edge_runtime.wire import bands, blobs, codec, topics
+from edge_runtime.wire.messages import Band
+from edge_runtime.wire.transport import Transport
+from server.store import Store, StoredVersion
+
+CLEARED_AGAIN = 3
+"""So many versions that were cleared before are cleared once more each time; see `Downlink.clear`."""
+
+
+class Downlink:
+    """The broadcast blobs of one fleet.
+
+    Args:
+        fleet: its name.
+        wire: how versions are cut and packed.
+        transport: connected.
+        store: opened.
+    """
+
+    def __init__(self, fleet: str, wire: Wire, transport: Transport, store: Store) -> None:
+        self._fleet, self._wire, self._transport, self._store = fleet, wire, transport, store
+        self._decoded: tuple[int, Adapter] | None = None
+
+    def cut(self, number: int, state: bytes, adapter: Adapter) -> tuple[StoredVersion, list[bytes]]:
+        """A version's bands and their payloads."""
+        ranges = bands.edges_for(max(adapter.ranks.values()), self._wire.band_edges)
+        payloads = [codec.encode(bands.band(adapter, start, stop), self._wire.codec_down) for start, stop in ranges]
+        refs = [blobs.describe(payload, self._wire.chunk_bytes) for payload in payloads]
+        found = tuple(Band(start=start, stop=stop, blob=ref) for (start, stop), ref in zip(ranges, refs, strict=True))
+        return StoredVersion(number, state, found), payloads
+
+    def received(self, version: int) -> Adapter:
+        """A version exactly as devices decoded it.
+
+        Raises:
+            CorruptPayloadError: it has retired.
+        """
+        if self._decoded is None or self._decoded[0] != version:
+            stored = self._store.version(version)
+            payloads = [self._store.blob(band.blob.sha256) for band in stored.bands] if stored else [None]
+            if any(payload is None for payload in payloads):
+                raise CorruptPayloadError(f"version {version} has retired; train from the current one")
+            self._decoded = version, bands.join([codec.decode(payload) for payload in payloads if payload is not None])
+        return self._decoded[1]
+
+    def broadcast(self, version: StoredVersion) -> tuple[Band, ...]:
+        """Publish the bands of a version, in chunks that the broker takes; returns how they are cut now."""
+        size = max(band.blob.chunk_bytes for band in version.bands)
+        if size > self._transport.largest:
+            version = version.cut(blobs.smaller(size, self._transport.largest))
+            self._store.recut(version)
+        try:
+            for band in version.bands:
+                payload = self._store.blob(band.blob.sha256)
+                for index, chunk in enumerate(blobs.split(payload or b"", band.blob.chunk_bytes)):
+                    self._transport.publish(topics.broadcast(self._fleet, band.blob.sha256, index), chunk, retain=True)
+        except TooLargeError:
+            return self.broadcast(version)  # it turned out while we published
+        return version.bands
+
+    def clear(self, last: int) -> None:
+        """Take versions up to this one, which nobody reads any more, from the broker, and then from the store.
+
+        A crash in between, or a broker that goes back to an older memory, is why the newest of them are cleared again
+        with each merge, each start and each new session.
+        """
+        for ref in self._store.outdated(last, since=last - CLEARED_AGAIN):
+            for chunk in range(ref.chunks):
+                self._transport.publish(topics.broadcast(self._fleet, ref.sha256, chunk), b"", retain=True)
+        if self._transport.flush(5.0):
+            self._store.retire(last)
