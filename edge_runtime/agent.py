@@ -148,9 +148,10 @@ class SendChunks:
 
 @dataclass(frozen=True)
 class Settle:
-    """Forget the outbox and remember, durably, that this round is settled."""
+    """Forget the outbox and remember, durably, that this round is settled; `arrived` says whether its update counts."""
 
     round: int
+    arrived: bool = True
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ def _received(state: State, message: Message) -> tuple[State, list[Action]]:
         case Need() as need if state.outbox and state.outbox.blob.sha256 == need.sha256:
             return state, [SendChunks(state.outbox, need.ranges)]
         case Accepted() as accepted if state.outbox and state.outbox.blob.sha256 == accepted.sha256:
-            return _settle(state, state.outbox.round)
+            return _settle(state, state.outbox.round, arrived=True)
         case Rejected() as refusal:
             return _rejected(state, refusal)
         case _:
@@ -272,8 +273,8 @@ def _unanswered(state: State) -> list[Action]:
     return said
 
 
-def _settle(state: State, round_number: int) -> tuple[State, list[Action]]:
-    return replace(state, outbox=None, settled=max(state.settled, round_number)), [Settle(round_number)]
+def _settle(state: State, round_number: int, *, arrived: bool) -> tuple[State, list[Action]]:
+    return replace(state, outbox=None, settled=max(state.settled, round_number)), [Settle(round_number, arrived)]
 
 
 def _rejected(state: State, refusal: Rejected) -> tuple[State, list[Action]]:
@@ -290,7 +291,7 @@ def _rejected(state: State, refusal: Rejected) -> tuple[State, list[Action]]:
             return state, [Wait(refusal)]
         case "round-closed" | "too-large" | "corrupt" | "norm" | "examples":
             if state.outbox and state.outbox.blob.sha256 == refusal.sha256:
-                return _settle(state, state.outbox.round)
+                return _settle(state, state.outbox.round, arrived=False)
     return state, []
 
 

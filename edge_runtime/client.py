@@ -24,8 +24,9 @@ from edge_runtime.lora.adapter import Adapter, Slot
 from edge_runtime.lora.algebra import cut
 from edge_runtime.state import DeviceState
 from edge_runtime.trainer import AdapterSpec, Delivered, StepReport, Trainer, Training
-from edge_runtime.wire import bands, blobs, codec, topics
+from edge_runtime.wire import bands, blobs, codec, feedback, topics, update
 from edge_runtime.wire.messages import (
+    Band,
     Directive,
     Losses,
     Message,
@@ -185,8 +186,8 @@ class Client:
                 self._working(f"training round {directive.round}", lambda: self._train(directive))
             case agent.SendChunks(offer, ranges):
                 self._send(offer, ranges)
-            case agent.Settle(round_number):
-                self._disk.settle(round_number)
+            case agent.Settle(round_number, arrived):
+                self._disk.settle(round_number, arrived=arrived)
             case agent.Adopt(run):
                 self._disk.adopt(run)
             case agent.Finish(directive):
@@ -230,8 +231,7 @@ class Client:
         return agent.Planned(hello_of(self._name, intro))
 
     def _fetch(self, directive: Directive) -> None:
-        held = max(self._planned.held.values(), default=0)
-        refs = {band.blob.sha256: band.blob for band in directive.bands if band.start < held}
+        refs = {band.blob.sha256: band.blob for band in self._bands(directive)}
         self._directive, self._progress.round = directive, directive.round
         for sha in set(self._wanted) - set(refs):
             self._transport.unsubscribe(topics.broadcast(self._fleet, sha))
@@ -269,11 +269,15 @@ class Client:
             raise RejectedError("a directive was obeyed before there was a plan; report this as a bug")
         return self._slot
 
+    def _bands(self, directive: Directive) -> list[Band]:
+        """The bands that this device holds."""
+        held = max(self._planned.held.values(), default=0)
+        return [band for band in directive.bands if band.start < held]
+
     def _received(self, directive: Directive) -> Adapter:
         """The global adapter of a version, as far as this device holds it."""
         held = self._planned.held
-        refs = [band.blob.sha256 for band in directive.bands if band.start < max(held.values(), default=0)]
-        payloads = [self._disk.band(sha) for sha in refs]
+        payloads = [self._disk.band(band.blob.sha256) for band in self._bands(directive)]
         whole = bands.join([codec.decode(payload) for payload in payloads if payload is not None])
         return Adapter({name: cut(whole[name], rank) for name, rank in held.items() if rank and name in whole})
 
@@ -288,29 +292,31 @@ class Client:
 
     def _train(self, directive: Directive) -> agent.Event:
         self._wait_for_go()
-        self._trainer.receive(self._received(directive))
+        received = self._received(directive)
+        self._trainer.receive(received)
         if directive.version == 0:
             self._evaluate_base()
         else:
             self._report("evaluating")
             self._evaluate(directive)
-        result = self._trainer.train(
-            directive.training,
-            directive.round,
-            self._step("training"),
-            self._gate,
-        )
-        payload = codec.encode(result.change, directive.codec)
+        result = self._trainer.train(directive.training, directive.round, self._step("training"), self._gate)
+        made = update.make(result.change, received, feedback.load(self._disk.owed), self._terms(directive))
         offer = Offer(
             client=self._name, run=directive.run, round=directive.round, version=directive.version,
-            blob=blobs.describe(payload, self._chunk_bytes), examples=result.examples,
+            blob=blobs.describe(made.payload, self._chunk_bytes), examples=result.examples,
             loss_first=result.loss_first, loss_last=result.loss_last,
         )  # fmt: skip
-        self._disk.put_outbox(offer, payload)
+        self._disk.put_outbox(offer, made.payload, feedback.dump(made.residual))
         moved = f"loss {result.loss_first:.3f} → {result.loss_last:.3f}"
-        self._say(f"round {directive.round}: {moved}, update of {len(payload)} bytes")
+        self._say(f"round {directive.round}: {moved}, update of {len(made.payload)} bytes, {made.how}")
         self._report("offering")
         return agent.Trained(offer, directive.run)
+
+    def _terms(self, directive: Directive) -> update.Terms:
+        left = self._identity.round_bytes
+        if left is not None:
+            left = max(0, left - sum(band.blob.size for band in self._bands(directive)))
+        return update.Terms(directive.codec, directive.upload_bytes, left, directive.error_feedback)
 
     def _finish(self, directive: Directive) -> agent.Event:
         self._wait_for_go()
@@ -360,7 +366,7 @@ class Client:
         self._chunk_bytes = blobs.smaller(min(self._chunk_bytes, offer.blob.chunk_bytes), self._transport.largest)
         self._say(f"{error}; the update is offered in chunks of {self._chunk_bytes} bytes instead")
         offer = offer.model_copy(update={"blob": blobs.describe(payload, self._chunk_bytes)})
-        self._disk.put_outbox(offer, payload)
+        self._disk.recut_outbox(offer)
         self._apply(agent.Recut(offer))
 
     def _publish(self, message: Message) -> None:

@@ -148,6 +148,11 @@ class Wire(Section):
     """What the bytes look like."""
 
     codec_up: str = "int8"
+    """A codec of `wire.codec`, or auto: bits and ranks go where they matter, within a budget of bytes."""
+    error_feedback: bool = True
+    """Whether a device adds to an update what the codec lost of the last one."""
+    upload_bytes: Positive | None = None
+    """Bytes that an update may have with codec_up auto; two bits a number when absent."""
     codec_down: str = "int8"
     chunk_bytes: Annotated[int, Field(ge=1024, le=8 << 20)] = 120 * 1024
     band_edges: tuple[Positive, ...] = (4, 8, 16, 32, 64, 128)
@@ -168,7 +173,7 @@ class Device(Section):
     round_seconds: Annotated[float, Field(gt=0)] | None = None
     """Seconds that a round of training may take, as planned."""
     round_bytes: Positive | None = None
-    """Bytes that a round may move up and down, as planned."""
+    """Bytes that a round may move up and down, as planned; what the download leaves of it also bounds `auto`."""
     rank: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Directions to train; this key and those below overrule the plan, which still must fit."""
     held: Annotated[int, Field(ge=1, le=4096)] | None = None

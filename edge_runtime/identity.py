@@ -30,6 +30,7 @@ class Identity:
         chunk_bytes: size of the chunks of its uploads.
         instance: tells it from other devices of that name (`instance_of`); empty for a device that does not say.
         guard: signs what it says, and tells whom to believe.
+        round_bytes: what a round may move up and down; None for as much as there is.
     """
 
     fleet: str
@@ -37,6 +38,7 @@ class Identity:
     chunk_bytes: int = blobs.CHUNK_BYTES
     instance: str = ""
     guard: Guard = OPEN
+    round_bytes: int | None = None
 
 
 def instance_of(state: DeviceState) -> str:

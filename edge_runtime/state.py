@@ -1,8 +1,8 @@
 """A device's durable state: one SQLite file in WAL mode. What a method returned from is on disk.
 
 It holds which life of the fleet the device is in, the last settled round, the outbox (the update that is not accepted
-yet), the bands it has fetched, and small facts worth keeping over a restart, such as the base's loss and the memory
-that plans must stay below.
+yet), what the codec still owes the fleet, the bands it has fetched, and small facts worth keeping over a restart, such
+as the base's loss and the memory that plans must stay below.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from edge_runtime.wire.messages import Offer
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts  (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS outbox (one INTEGER PRIMARY KEY CHECK (one = 1), offer TEXT NOT NULL, payload BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS owed   (state TEXT PRIMARY KEY, residual BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS bands  (sha256 TEXT PRIMARY KEY, payload BLOB NOT NULL);
 """
 
@@ -94,19 +95,47 @@ class DeviceState:
         row = self._db.execute("SELECT offer, payload FROM outbox").fetchone()
         return (Offer.model_validate_json(row[0]), bytes(row[1])) if row else None
 
-    def put_outbox(self, offer: Offer, payload: bytes) -> None:
-        """Keep an update until `settle`."""
-        self._write(("INSERT OR REPLACE INTO outbox VALUES (1, ?, ?)", (offer.model_dump_json(), payload)))
+    @property
+    def owed(self) -> bytes | None:
+        """What the updates accepted so far left out: a residual of `wire.feedback`."""
+        row = self._db.execute("SELECT residual FROM owed WHERE state = 'now'").fetchone()
+        return bytes(row[0]) if row else None
 
-    def settle(self, round_number: int) -> None:
-        """Empty the outbox and remember the round: both or neither."""
-        self._write(("DELETE FROM outbox", ()), _fact("settled", max(round_number, self.settled)))
+    def put_outbox(self, offer: Offer, payload: bytes, residual: bytes | None = None) -> None:
+        """Keep an update until `settle`, and what will be owed once it is accepted: both or neither."""
+        owed: list[Statement] = [("DELETE FROM owed WHERE state = 'once accepted'", ())]
+        if residual is not None:
+            owed.append(("INSERT INTO owed VALUES ('once accepted', ?)", (residual,)))
+        self._write(("INSERT OR REPLACE INTO outbox VALUES (1, ?, ?)", (offer.model_dump_json(), payload)), *owed)
+
+    def recut_outbox(self, offer: Offer) -> None:
+        """The same update is offered in another way; what it owes stays as it is."""
+        self._write(("UPDATE outbox SET offer = ?", (offer.model_dump_json(),)))
+
+    def settle(self, round_number: int, *, arrived: bool = True) -> None:
+        """Empty the outbox, remember the round, and what is owed now: all or nothing.
+
+        Args:
+            round_number: the round of the update in the outbox.
+            arrived: whether it was accepted. If not, nothing of it was applied, neither what it carried of former
+                updates nor this round's: what was owed before is owed still.
+        """
+        owed: list[Statement] = []
+        if arrived and self.outbox is not None:
+            owed = [("DELETE FROM owed WHERE state = 'now'", ()), ("UPDATE owed SET state = 'now'", ())]
+        self._write(
+            *owed,
+            ("DELETE FROM owed WHERE state = 'once accepted'", ()),
+            ("DELETE FROM outbox", ()),
+            _fact("settled", max(round_number, self.settled)),
+        )
 
     def adopt(self, run: str) -> None:
         """Begin another life of the fleet: what belonged to the former one is forgotten."""
         marks = ",".join("?" * len(OF_THE_DEVICE))
         self._write(
             ("DELETE FROM outbox", ()),
+            ("DELETE FROM owed", ()),
             ("DELETE FROM bands", ()),
             (f"DELETE FROM facts WHERE name NOT IN ({marks})", OF_THE_DEVICE),  # noqa: S608  only marks
             _fact("run", run),

@@ -52,6 +52,8 @@ class AdapterSpec(Model):
     max_held: Annotated[int, Field(ge=1, description="largest rank a device may hold: that of the global adapter")]
     hold_more: Annotated[bool, Field(description="whether a device may hold directions that it does not train")]
     max_length: Annotated[int, Field(ge=8, description="tokens of an example, at most")]
+    bits_up: Annotated[Finite, Field(gt=0, description="of a number in an update, before zstd")] = 8.0
+    bits_down: Annotated[Finite, Field(gt=0, description="of a number of the global adapter, before zstd")] = 8.0
 
 
 @dataclass(frozen=True)

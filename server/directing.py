@@ -7,6 +7,7 @@ from typing import Literal
 
 from edge_runtime.config import Config
 from edge_runtime.trainer import AdapterSpec, Training
+from edge_runtime.wire import update
 from edge_runtime.wire.messages import Band, Directive
 from server.rounds import State
 
@@ -42,9 +43,17 @@ def directive_of(config: Config, state: State, cut: tuple[Band, ...], *, rank: i
         version=state.version,
         num_rounds=config.rounds.num_rounds,
         base=state.base,
-        adapter=AdapterSpec(**config.adapter.model_dump(), max_held=rank, hold_more=hold_more),
+        adapter=AdapterSpec(
+            **config.adapter.model_dump(),
+            max_held=rank,
+            hold_more=hold_more,
+            bits_up=update.bits_up(config.wire.codec_up),
+            bits_down=update.bits_down(config.wire.codec_down),
+        ),
         training=Training(max_steps=steps, **training),
         bands=cut,
         participants=None if everybody else state.asked,
         codec=config.wire.codec_up,
+        error_feedback=config.wire.error_feedback,
+        upload_bytes=config.wire.upload_bytes,
     )

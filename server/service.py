@@ -21,7 +21,7 @@ from edge_runtime.errors import (
     DiskFullError,
     WireError,
 )
-from edge_runtime.wire import blobs, codec, topics
+from edge_runtime.wire import blobs, codec, topics, update
 from edge_runtime.wire.guard import OPEN, Guard
 from edge_runtime.wire.messages import (
     Band,
@@ -87,8 +87,8 @@ class Service:
         extra = config.aggregator.model_extra or {}
         self._method = aggregators.build(config.aggregator.method, **extra)
         self._rank = config.aggregator.rank or self._method.server_rank(config.adapter.max_rank)
-        for name in (config.wire.codec_up, config.wire.codec_down):
-            codec.codec(name)
+        for name, bits in ((config.wire.codec_up, update.bits_up), (config.wire.codec_down, update.bits_down)):
+            bits(name)  # raises for a codec that there is not
         self._policy = rounds.Policy(
             fleet=config.fleet.name,
             max_upload_bytes=min(config.wire.max_upload_bytes, config.server.max_staged_bytes),

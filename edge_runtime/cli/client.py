@@ -60,7 +60,7 @@ def run(
         closing.callback(transport.close)
         guards.enrol(config, name, transport, guard, say, stop)
         client = Client(
-            Identity(fleet, name, config.wire.chunk_bytes, instance_of(state), guard),
+            Identity(fleet, name, config.wire.chunk_bytes, instance_of(state), guard, config.device.round_bytes),
             transport=transport,
             state=state,
             trainer=trainer,

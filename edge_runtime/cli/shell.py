@@ -190,12 +190,12 @@ def check_names(config: Config) -> None:
         ConfigError: no such method, or a parameter that it does not take.
         UnknownCodecError: no such codec.
     """
-    from edge_runtime.wire import codec
+    from edge_runtime.wire import update
     from server import aggregators
 
     aggregators.build(config.aggregator.method, **(config.aggregator.model_extra or {}))
-    for name in (config.wire.codec_up, config.wire.codec_down):
-        codec.codec(name)
+    update.bits_up(config.wire.codec_up)
+    update.bits_down(config.wire.codec_down)
 
 
 def connect(

@@ -67,6 +67,8 @@ def choose(
         batch_size=training.batch_size,
         steps=training.max_steps,
         hold_more=spec.hold_more,
+        bits_up=spec.bits_up,
+        bits_down=spec.bits_down,
     )
     memory = ceiling
     if ceiling is not None and "memory_bearable_bytes" not in profile.unreadable:

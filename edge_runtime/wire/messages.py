@@ -83,6 +83,8 @@ class Directive(Model):
     bands: tuple[Band, ...]
     participants: tuple[Name, ...] | None = None
     codec: str
+    error_feedback: bool = False
+    upload_bytes: Count | None = None
 
     def asks(self, client: str) -> bool:
         """Whether this device takes part in the round."""

@@ -75,7 +75,7 @@ class Device:
         match action:
             case Adopt(new):
                 self.disk = (new, None, 0)
-            case Settle(number):
+            case Settle(number, _):
                 self.disk = (run, None, max(settled, number))
             case MakePlan() | Train() | Finish():
                 assert self.work is None or isinstance(self.work, Fetch), "one piece of work at a time"
@@ -121,7 +121,7 @@ def check_step(before: State, event: Event, after: State, actions: list[Action])
                 assert after.outbox is None
             case SendChunks(update, _):
                 assert update == after.outbox
-            case Settle(number):
+            case Settle(number, _):
                 assert before.outbox is not None
                 assert number == before.outbox.round
                 assert after.settled >= number
@@ -139,7 +139,7 @@ def check_gone(before: State, event: Event, actions: list[Action]) -> None:
     match event.message:
         case Accepted() | Rejected():
             assert event.message.sha256 == before.outbox.blob.sha256
-            assert Settle(before.outbox.round) in actions
+            assert Settle(before.outbox.round, arrived=isinstance(event.message, Accepted)) in actions
         case Directive():
             assert Adopt(event.message.run) in actions
         case _:

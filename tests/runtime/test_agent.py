@@ -113,7 +113,7 @@ def test_an_answer_that_comes_twice_or_belongs_to_another_update_has_no_effect()
 @pytest.mark.parametrize("kind", ["round-closed", "corrupt", "too-large"])
 def test_a_refused_update_is_given_up_and_the_next_round_is_trained(kind: str) -> None:
     device, update = trained()
-    assert device.happen(Received(reply_to(update, kind))) == [Settle(1)]
+    assert device.happen(Received(reply_to(update, kind))) == [Settle(1, arrived=False)]
     following = directive("train", 2)
     assert device.happen(Received(following)) == [Fetch(following)]
 

@@ -7,11 +7,12 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.runtime.fleets import BRISK, GOAL, PAIR, calm, check_undisturbed, fleet_in, in_memory
+from tests.runtime.fleets import BRISK, GOAL, OWING, PAIR, calm, check_undisturbed, fleet_in, in_memory
 from tests.runtime.toy import ToyTrainer
 from tests.runtime.turns import Fleet
 
@@ -31,6 +32,30 @@ def test_a_kill_at_any_point_changes_nothing(folder: Path, who: str, part: int) 
         assert len(fleet.kills) == 1
         check_undisturbed(fleet)
         shutil.rmtree(fleet.folder)
+
+
+@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("who", ["server", "a"])
+def test_a_kill_at_any_point_neither_loses_nor_doubles_what_the_codec_owes(folder: Path, who: str, part: int) -> None:
+    _, _, operations = calm(OWING)
+    for at in range(1 + part, operations[who] + 1, 4):
+        fleet = fleet_in(folder, f"{who}-{at}", *OWING, fuses={who: [at]}).run()
+        assert len(fleet.kills) == 1
+        check_undisturbed(fleet, OWING)
+        shutil.rmtree(fleet.folder)
+
+
+def test_what_is_owed_is_paid(folder: Path) -> None:
+    """With feedback the fleet ends nearer to where it would be without any loss, and owes what is still missing."""
+    exact = fleet_in(folder, "exact", *OWING, "wire.codec_up=fp32").run().merged()
+    off = {}
+    for feedback in ("true", "false"):
+        fleet = fleet_in(
+            folder, f"feedback-{feedback}", *OWING, "rounds.num_rounds=3", f"wire.error_feedback={feedback}"
+        )
+        found = fleet.run().merged()
+        off[feedback] = sum(float(np.sum((found[name].product() - exact[name].product()) ** 2)) for name in exact)
+    assert off["true"] < off["false"]
 
 
 @settings(max_examples=15, deadline=None)

@@ -57,6 +57,45 @@ def test_settling_empties_the_outbox_and_remembers_the_round(state: DeviceState)
     assert (state.outbox, state.settled) == (None, 2)
 
 
+def test_what_is_owed_changes_only_once_the_update_is_accepted(state: DeviceState, tmp_path: Path) -> None:
+    state.put_outbox(offer("a", 1), b"first", b"left of the first")
+    assert [state.owed] == [None]
+    state.settle(1)
+    assert state.owed == b"left of the first"
+    state.put_outbox(offer("a", 2), b"second", b"left of the second")
+    assert state.owed == b"left of the first"
+    found = after_a_crash(tmp_path / "device", tmp_path / "copy")
+    found.settle(2)
+    assert found.owed == b"left of the second"
+    found.close()
+
+
+def test_of_a_refused_update_nothing_is_owed_and_what_was_owed_before_still_is(state: DeviceState) -> None:
+    state.put_outbox(offer("a", 1), b"first", b"left of the first")
+    state.settle(1)
+    state.put_outbox(offer("a", 2), b"second", b"left of the second")
+    state.settle(2, arrived=False)
+    assert state.owed == b"left of the first"
+    state.put_outbox(offer("a", 3), b"third", b"left of the third")
+    state.settle(3)
+    assert state.owed == b"left of the third"
+
+
+def test_an_update_without_feedback_leaves_nothing_owed(state: DeviceState) -> None:
+    state.put_outbox(offer("a", 1), b"first", b"left of the first")
+    state.settle(1)
+    state.put_outbox(offer("a", 2), b"second")
+    state.settle(2)
+    assert state.owed is None
+
+
+def test_settling_twice_is_settling_once(state: DeviceState) -> None:
+    state.put_outbox(offer("a", 1), b"first", b"left of the first")
+    state.settle(1)
+    state.settle(1)
+    assert state.owed == b"left of the first"
+
+
 def test_settled_never_goes_back(state: DeviceState) -> None:
     state.settle(3)
     state.settle(1)
@@ -68,11 +107,13 @@ def test_another_life_of_the_fleet_begins_with_nothing(state: DeviceState) -> No
     state.settle(4)
     state.put_fact("loss_base", 1.5)
     state.put_band("ab", b"band")
-    state.put_outbox(offer("a", 5), b"update")
+    state.put_outbox(offer("a", 5), b"update", b"residual")
+    state.settle(5)
+    state.put_outbox(offer("a", 6), b"update", b"residual")
     state.adopt("two")
     assert (state.run, state.settled) == ("two", 0)
-    found = [state.outbox, state.fact("loss_base"), state.band("ab")]
-    assert found == [None, None, None]
+    found = [state.outbox, state.owed, state.fact("loss_base"), state.band("ab")]
+    assert found == [None, None, None, None]
 
 
 @pytest.mark.parametrize("value", [0, 1.25, "text", None, [1, 2], {"a": {"b": False}}])

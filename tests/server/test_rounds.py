@@ -115,6 +115,17 @@ def test_offers_that_are_late_foreign_doubled_or_too_large_hear_why() -> None:
     assert life.state.round == 2
 
 
+def test_an_update_that_was_merged_is_accepted_again_however_late_the_device_asks() -> None:
+    """It must not take an acknowledgement that was lost for a refusal, or it would send what it owed once more."""
+    life = training()
+    update = offer("a", 1)
+    for client in "abc":
+        deliver(life, client)
+    life.merge_done()
+    assert life.state.round == 2
+    assert answer(life, update) == Accepted(sha256=update.blob.sha256, round=update.round)
+
+
 def test_an_offer_of_too_many_chunks_is_refused_before_anybody_lists_them() -> None:
     life = training(max_upload_bytes=1 << 40)
     update = offer("a", chunk_bytes=1)

@@ -35,7 +35,13 @@ from tests.server.bench import FLEET, GOAL, Bench, Hand, accepted, training
 def test_a_new_fleet_gathers_and_says_what_kind_of_adapter_it_wants(bench: Bench) -> None:
     found = bench.directive
     assert (found.phase, found.round, found.version, found.bands) == ("gather", 0, 0, ())
-    assert found.adapter.model_dump() == {**bench.config.adapter.model_dump(), "max_held": 16, "hold_more": True}
+    assert found.adapter.model_dump() == {
+        **bench.config.adapter.model_dump(),
+        "max_held": 16,
+        "hold_more": True,
+        "bits_up": 8.0,
+        "bits_down": 8.0,
+    }
     assert found.run == bench.service.state.run
 
 
@@ -82,8 +88,8 @@ def test_the_last_directive_asks_for_personal_steps_from_the_last_version(make: 
     [
         ("aggregator.method=fedavg", ConfigError, "increment, svd, zero_pad"),
         ("aggregator.momentum=0.9", ConfigError, "momentum"),
-        ("wire.codec_up=int3", UnknownCodecError, "fp16, fp32, int8"),
-        ("wire.codec_down=int3", UnknownCodecError, "fp16, fp32, int8"),
+        ("wire.codec_up=int9", UnknownCodecError, "fp16, fp32, int1"),
+        ("wire.codec_down=auto", UnknownCodecError, "fp16, fp32, int1"),
     ],
 )
 def test_names_that_do_not_exist_are_refused_at_once(

@@ -18,6 +18,7 @@ from edge_runtime.wire.messages import (
     dump,
 )
 from tests.server.bench import FLEET, LAYER, Bench, Hand, accepted, training
+from tests.wire.blobcraft import laid_out, relabelled
 
 # ── nonsense ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -66,7 +67,12 @@ def one_pair(shape: tuple[int, int], rank: int, value: float = 0.0) -> Pair:
             r"expected (12, 16) at rank 1 to 12, found (12, 16) at rank 13",
         ),
         (codec.encode(Adapter({LAYER: one_pair((12, 16), 0)}), "fp32"), "at rank 0"),
-        (codec.encode(Adapter({LAYER: one_pair((12, 16), 1, float("nan"))}), "fp32"), "holds NaN or infinity"),
+        (
+            relabelled(
+                laid_out([[LAYER, 12, 16, [["fp32", 1]], [["fp32", 1]]]]), {"fp32": np.full(28, np.nan, np.float32)}
+            ),
+            "holds NaN or infinity",
+        ),
     ],
     ids=["bytes", "layer", "shape", "rank", "no rank", "nan"],
 )

@@ -43,6 +43,17 @@ def test_checkpointing_and_the_optimiser_are_said(chosen: dict[str, Any], said: 
     assert said in words(**chosen)
 
 
+def test_a_leaner_codec_leaves_room_for_more_directions_in_the_bytes_of_a_round() -> None:
+    owner = owner_of(Device(round_bytes=1_500_000))
+    ranks = [
+        choose(MEASURED, smollm2(), SPEC.model_copy(update={"bits_up": bits}), TRAINING, owner, None).rank
+        for bits in (32.0, 8.0, 1.0)
+    ]
+
+    assert ranks == sorted(ranks)
+    assert ranks[0] < ranks[-1]
+
+
 def test_an_owner_may_insist_on_every_choice_of_a_plan() -> None:
     assert {entry.name for entry in fields(Overrides)} <= set(Device.model_fields)
 

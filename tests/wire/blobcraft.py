@@ -11,7 +11,7 @@ import safetensors.numpy
 import zstandard
 
 from edge_runtime.lora.adapter import Adapter, Pair
-from edge_runtime.wire.codec import encode
+from edge_runtime.wire.codec import FORMAT, encode
 
 
 def one(pair: Pair) -> Adapter:
@@ -39,10 +39,15 @@ def relabelled(metadata: Mapping[str, str], parts: Mapping[str, Any]) -> bytes:
     return zstandard.compress(safetensors.numpy.save(dict(parts), metadata=dict(metadata)))
 
 
-def tags(name: str) -> dict[str, str]:
-    """The metadata with which a codec's blobs are tagged."""
-    raw = zstandard.decompress(encode(Adapter({}), name))
-    return dict(json.loads(raw[8:])["__metadata__"])
+def tags(adapter: Adapter, name: str) -> dict[str, str]:
+    """The metadata of an adapter's blob under a codec: format and layout."""
+    raw = zstandard.decompress(encode(adapter, name))
+    return dict(json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"])
+
+
+def laid_out(layout: object) -> dict[str, str]:
+    """The metadata of a blob of any layout."""
+    return {"edge": f"{FORMAT}:{json.dumps(layout)}"}
 
 
 def same(one: Adapter, two: Adapter) -> bool:

@@ -1,0 +1,185 @@
+"""A fleet of unequal devices that really learns, small enough to be trained once for every codec.
+
+MiniLM tells which task a text is the answer of; ten devices with ranks from 2 to 32 hold labels in unequal shares
+(Dirichlet, 0.3). The head is fitted once, before the first round, on a small public sample, and then frozen: what the
+devices learn is in their adapters alone, and all of it travels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from edge_runtime.lora.adapter import Adapter, LayerSlot, Slot
+from edge_runtime.lora.algebra import change, changed, cut
+from edge_runtime.train import classify, families, live
+from edge_runtime.train.classify import Classifier, ClassifierTask, Labelled
+from edge_runtime.train.data import Example, Message, load_examples, split
+from edge_runtime.train.encoder import load_encoder
+from edge_runtime.train.label_choice import labels_of
+from edge_runtime.train.stdlib_docs import GROUPS
+from edge_runtime.wire import codec
+from server.aggregators.increment import increment
+from server.aggregators.method import State, Update, fresh_state
+
+RANKS = (2, 2, 4, 4, 4, 8, 8, 16, 16, 32)
+GLOBAL_RANK = 32
+LENGTH = 32
+BATCH = 8
+LEARNING_RATE = 2e-3
+PUBLIC, HELD_OUT = 256, 768
+Exchange = Callable[[str, Adapter, Adapter], tuple[Adapter, int]]
+"""(device, what it received of the slice it trained, its change) → (the change as the server decodes it, bytes)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fleet:
+    """Everything that is the same for every codec.
+
+    Attributes:
+        classifier: the encoder without an adapter, and the frozen head.
+        devices: name → rank and texts.
+        held_out: texts of every label that no device has.
+        shapes: (d_out, d_in) of each adapted layer.
+    """
+
+    classifier: Classifier
+    devices: dict[str, tuple[int, list[Labelled]]]
+    held_out: list[Labelled]
+    shapes: dict[str, tuple[int, int]]
+
+
+def examples_in(folder: Path) -> list[Example]:
+    """Texts and what they are: answers and their task, or docstrings and what their module is for."""
+    found: list[tuple[str, str]] = []
+    for path in sorted(folder.glob("*.train.jsonl")):
+        answers = [example.messages[-1].content for example in load_examples(str(path))]
+        if len(set(answers)) > len(answers) / 3:  # "yes" may answer any task
+            found += [(answer, path.stem) for answer in dict.fromkeys(answers)]
+    if not found:
+        found = [(e.messages[-1].content, group) for group in GROUPS for e in load_examples(f"stdlib-docs:{group}")]
+    return [Example((Message("user", text), Message("assistant", label))) for text, label in found if text.strip()]
+
+
+def build(folder: Path, seed: int) -> Fleet:
+    """The fleet of that seed: who has which texts, and the head that all share."""
+    examples = examples_in(folder)
+    train, held_out = split(examples, seed=seed)
+    encoder = load_encoder("minilm")
+    classifier = classify.build(encoder, labels_of(examples), rank=1, max_length=LENGTH, seed=seed)
+    shapes = dict(classifier.live.slot.shapes)
+    public, private = train[:PUBLIC], train[PUBLIC:]
+    # The adapter of `build` is zero and its rate next to nothing: the head alone learns.
+    classify.train_classifier(classifier, public, ClassifierTask(steps=60, learning_rate=1e-12, seed=seed))
+    live.detach(classifier.live)
+    texts = classify.encode(classifier, private)
+    shares = _dirichlet(texts, len(classifier.labels), len(RANKS), seed)
+    devices = {f"device-{i}": (rank, shares[i]) for i, rank in enumerate(RANKS)}
+    return Fleet(classifier, devices, list(classify.encode(classifier, held_out[:HELD_OUT])), shapes)
+
+
+def _dirichlet(texts: Sequence[Labelled], labels: int, devices: int, seed: int) -> list[list[Labelled]]:
+    """Texts dealt to devices: of each label, shares drawn from Dirichlet(0.3)."""
+    draw = np.random.default_rng(seed)
+    hands: list[list[Labelled]] = [[] for _ in range(devices)]
+    for label in range(labels):
+        own = [text for text in texts if text.label == label]
+        edges = np.rint(np.cumsum(draw.dirichlet([0.3] * devices)) * len(own)).astype(int)
+        for hand, start, stop in zip(hands, [0, *edges[:-1]], edges, strict=True):
+            hand.extend(own[start:stop])
+    return [hand or [texts[0]] for hand in hands]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a round left: held-out loss of the new version in nats, its accuracy, bytes that went up."""
+
+    loss: float
+    accuracy: float
+    bytes_up: int
+
+
+def run(fleet: Fleet, exchange: Exchange, *, rounds: int, steps: int, seed: int, every: int = 0) -> Iterator[Round]:
+    """The rounds of one fleet's life, each device's update through `exchange`.
+
+    Args:
+        fleet: from `build`; it is left as it was.
+        exchange: brings an update to the server.
+        rounds: how many.
+        steps: optimiser steps of each device in each round.
+        seed: of the first adapter, and of the order of the texts.
+        every: evaluate each so many rounds; 0 for the last one only. Others say NaN.
+    """
+    method = increment()
+    state = fresh_state(fleet.shapes, GLOBAL_RANK, seed)
+    for number in range(1, rounds + 1):
+        sent = codec.decode(codec.encode(state.adapter, "int8"))
+        updates, size = [], 0
+        for name, (rank, texts) in fleet.devices.items():
+            received = Adapter({layer: cut(pair, rank) for layer, pair in sent.items()})
+            moved = _train(fleet, sent, rank, texts, steps, seed * 1000 + number)
+            arrived, bytes_up = exchange(name, received, moved)
+            size += bytes_up
+            trained = Adapter({layer: changed(received[layer], pair) for layer, pair in arrived.items()})
+            received = Adapter({layer: received[layer] for layer in trained})
+            updates.append(Update(name, float(min(len(texts), steps * BATCH)), received, trained))
+        state = method.combine(state, updates).state
+        due = number == rounds or (every and number % every == 0)
+        loss, accuracy = _evaluate(fleet, state) if due else (math.nan, math.nan)
+        yield Round(loss, accuracy, size)
+
+
+def _slot(adapter: Adapter, trained: int) -> Slot:
+    return Slot(
+        {
+            name: LayerSlot(*pair.shape, held=pair.rank, trained=min(trained, pair.rank))
+            for name, pair in adapter.items()
+        }
+    )
+
+
+def _attached(fleet: Fleet, adapter: Adapter, trained: int) -> Classifier:
+    base = fleet.classifier
+    model = live.attach(base.live.model, _slot(adapter, trained), scaling=base.live.scaling)
+    families.get(classify.FAMILY).load(model, adapter)
+    return Classifier(model, base.head, base.labels, base.tokenizer, base.max_length)
+
+
+def _train(fleet: Fleet, sent: Adapter, rank: int, texts: Sequence[Labelled], steps: int, seed: int) -> Adapter:
+    """Factor-wise change of the first `rank` directions after so many steps on these texts."""
+    found = _attached(fleet, sent, rank)
+    before = live.read_trained(found.live)
+    parameters = list(live.trainable_parameters(found.live).values())
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
+    lengths = [len(text.input_ids) for text in texts]
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps)
+        chosen = classify.batch_of(step, lengths, BATCH, seed)
+        loss = classify.classification_loss(found, classify.collate(found, [texts[i] for i in chosen]))
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    after = live.read_trained(found.live)
+    live.detach(found.live)
+    return Adapter({name: change(after[name], before[name]) for name in after})
+
+
+def _evaluate(fleet: Fleet, state: State) -> tuple[float, float]:
+    """Held-out loss in nats and accuracy of the global adapter."""
+    found = _attached(fleet, state.adapter, 0)
+    total, right = 0.0, 0
+    with torch.no_grad():
+        ordered = sorted(fleet.held_out, key=lambda text: len(text.input_ids))
+        for start in range(0, len(ordered), 64):
+            batch = classify.collate(found, ordered[start : start + 64])
+            scores = classify.logits(found, batch)
+            total += float(torch.nn.functional.cross_entropy(scores, batch.labels, reduction="sum"))
+            right += int((scores.argmax(dim=-1) == batch.labels).sum())
+    live.detach(found.live)
+    return total / len(ordered), right / len(ordered)
