@@ -231,14 +231,33 @@ def _spoiled(body: bytes, draw: Random) -> bytes:
     return bytes(found[: len(body)])
 
 
+def _mutated_layout(tag: str, draw: Random) -> str:
+    """A blob's tag: its rows changed, or something else in its place."""
+    version, _, text = tag.partition(":")
+    if draw.random() < 0.2 or not text:
+        return draw.choice(
+            (*(f"1:{name}" for name in codec.CODECS), f"3:{text}", "2:", "2:no-such", "", "2:[[]]", "2:{}")
+        )
+    try:
+        rows = json.loads(text)
+    except ValueError:
+        return f"{version}:{text[: draw.randint(0, len(text))]}"
+    for _ in range(draw.choice((1, 1, 2, 4))):
+        rows = mutated_json(rows, draw)
+    return f"{version}:{json.dumps(rows)}"
+
+
 def _mutated_header(header: Any, size: int, draw: Random) -> Any:
     if not isinstance(header, dict) or not all(isinstance(found, dict) for found in header.values()):
         return mutated_json(header, draw)
     names = [name for name, found in header.items() if {"shape", "dtype"} <= found.keys()]
     changed = json.loads(json.dumps(header))
     if not names or draw.random() < 0.2:
-        tag = draw.choice([*(f"1:{name}" for name in codec.CODECS), "2:int8", "1:", "1:no-such", "", "1:int8:x"])
-        changed["__metadata__"] = draw.choice(({"edge": tag}, {"edge": tag}, {}, {"edge": "1:int8", "x": "y"}))
+        found = changed.get("__metadata__", {}).get("edge")
+        tag = _mutated_layout(found if isinstance(found, str) else "", draw)
+        changed["__metadata__"] = draw.choice(
+            ({"edge": tag}, {"edge": tag}, {"edge": tag}, {}, {"edge": tag, "x": "y"})
+        )
         return changed
     name = draw.choice(names)
     tensor = changed[name]

@@ -130,6 +130,8 @@ class Client:
             elif self._clock() - self._heard >= REPEAT_SECONDS and self._transport.flush(0.0):
                 # Nothing of ours is still on its way, so the silence is not that of a slow link.
                 self._heard = self._clock()
+                for sha in self._wanted:  # a broker may have learnt only now what it retains
+                    self._transport.subscribe(topics.broadcast(self._fleet, sha))
                 self._apply(agent.Repeat())
 
     def _be_there(self) -> None:

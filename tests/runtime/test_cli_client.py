@@ -27,7 +27,7 @@ def test_a_device_that_is_too_small_hears_so_before_it_imports_torch(product: La
     ("choice", "words", "expected"),
     [
         ("device.rank=0", "device.rank", 2),
-        ("device.precision=3bit", "'nf4', 'int8', 'bf16' or 'fp32'", 2),
+        ("device.precision=3bit", "'nf4', 'int8', 'bf16', 'fp16' or 'fp32'", 2),
         ("device.report_to=jsonl,wandd", "'wandd'; expected one of: aim, all", 2),
         ("device.task_metrics=rouge", "expected one of: exact_match, label_accuracy, rouge_l", 2),
         ("device.report_to=none,jsonl", "drop 'none'", 2),

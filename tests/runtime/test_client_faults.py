@@ -213,3 +213,14 @@ def test_nonsense_is_said_and_dropped(desk: Desk) -> None:
     assert len([note for note in desk.notes if note.startswith("dropped a message on")]) == 11
     desk.tell(Accepted(sha256=offer.blob.sha256, round=1))
     assert desk.disk.outbox is None
+
+
+def test_bands_that_the_broker_learns_of_late_are_asked_for_again(desk: Desk) -> None:
+    desk.tell(directive("gather"), WELCOME)
+    asked = desk.publish(adapter())
+    kept = desk.broker._exchange.retained
+    late = {topic: kept.pop(topic) for topic in list(kept) if "/blob/" in topic}
+    assert late
+    assert "training" not in {said.state for said in of(Report, desk.tell(asked))}
+    kept.update(late)  # a leaf hears from its hub, and tells nobody who has subscribed already
+    assert of(Offer, [*hear_nothing(desk, REPEAT_SECONDS + 1), *desk.work()])

@@ -139,6 +139,8 @@ def test_the_same_delivery_again_is_harmless(wire: Wire) -> None:
     one.say(offer)
     [said] = [payload for topic, payload in wire.heard() if topic == topics.up(FLEET, "a")]
     wire.inject(topics.up(FLEET, "a"), said)
+    assert one.heard() == [], "an offer that is said again is answered later"
+    wire.bench.wait()
     assert one.heard() == [Need(sha256=offer.blob.sha256, ranges=((0, offer.blob.chunks),))]
 
 
@@ -307,7 +309,9 @@ def test_an_enrolment_under_the_name_of_a_device_with_a_key_changes_nothing(wire
 
 def test_an_enrolled_answer_is_no_message_of_a_device(wire: Wire) -> None:
     one, _ = wire.training()
-    assert one.say(Enrolled(client="a", key="00")) == []
+    [refusal] = one.say(Enrolled(client="a", key="00"))
+    assert isinstance(refusal, Rejected)
+    assert refusal.code == "malformed"
 
 
 def test_the_guard_counts_what_it_drops(tmp_path: Path) -> None:

@@ -34,7 +34,9 @@ def test_who_comes_when_the_room_is_taken_waits_and_loses_nothing(make) -> None:
     [refusal] = second.say(two[0])
     assert isinstance(refusal, Rejected)
     assert (refusal.code, refusal.sha256) == ("quota", two[0].blob.sha256)
-    assert isinstance(first.say(one[0])[0], Need), "who is admitted stays so"
+    assert first.say(one[0]) == []
+    bench.wait()
+    assert isinstance(first.heard()[0], Need), "who is admitted stays so"
     assert first.send(*one) == [accepted(one[0])]
     assert second.deliver(*two) == [accepted(two[0])]
     third.deliver(*third.train())
