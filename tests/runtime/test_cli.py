@@ -192,7 +192,10 @@ def test_an_unknown_base_is_one_line_that_lists_what_was_tried_and_code_11(
 
 @pytest.mark.torch
 def test_prepare_refuses_an_unknown_base_and_an_unknown_precision(product: Launcher) -> None:
-    for arguments, word in ((["--base", "nonsense"], "'nonsense'"), (["--precision", "int3"], "bf16, fp32, int8, nf4")):
+    for arguments, word in (
+        (["--base", "nonsense"], "'nonsense'"),
+        (["--precision", "int3"], "bf16, fp16, fp32, int8, nf4"),
+    ):
         code, _, err = product.run("prepare", *arguments)
         assert code == 11
         assert word in only_line(err)
