@@ -93,6 +93,7 @@ class Client:
         self._gate = self._keeper.gate(self._pauses)
         state.on_full = room.waiting(watch, say, self._pauses)
         self._stepped_down = self._keeper.woken()
+        self._untold = ""
 
     @property
     def left(self) -> bool:
@@ -229,7 +230,7 @@ class Client:
         self._say(f"plan: {intro.plan}")
         # What made the plan smaller is said once, with the plan that it led to.
         why, self._stepped_down = self._stepped_down, ""
-        self._report("planned", detail="; ".join(filter(None, (intro.plan, why)))[:1024])
+        self._untold = "; ".join(filter(None, (intro.plan, why)))[:1024]
         return agent.Planned(hello_of(self._name, intro))
 
     def _fetch(self, directive: Directive) -> None:
@@ -374,6 +375,9 @@ class Client:
     def _publish(self, message: Message) -> None:
         topic = topics.up(self._fleet, self._name)
         self._transport.publish(topic, self._guard.seal(topic, dump(message)))
+        if self._untold and message.type == "hello":  # nobody listens to a device that has not said who it is
+            told, self._untold = self._untold, ""
+            self._report("planned", detail=told)
 
     def _report(self, state: Any, **facts: Any) -> None:
         """Say what this device is doing; progress for the server, a picture for people."""
