@@ -18,7 +18,7 @@ from edge_runtime.errors import (
     TooLargeError,
     WireError,
 )
-from edge_runtime.identity import Identity, hello_of, is_absence, offline, online, will
+from edge_runtime.identity import Identity, hello_of, offline, online, will
 from edge_runtime.keeper import Keeper, Watch
 from edge_runtime.lora.adapter import Adapter, Slot
 from edge_runtime.lora.algebra import cut
@@ -34,6 +34,7 @@ from edge_runtime.wire.messages import (
     Rejected,
     Report,
     dump,
+    is_absence,
     load,
 )
 from edge_runtime.wire.transport import Delivery, Transport
@@ -57,7 +58,7 @@ class Client:
 
     Args:
         identity: its fleet and name.
-        transport: connected, with `will(fleet, name, guard)` as its last will.
+        transport: connected, with `will(fleet, name, guard, instance)` as its last will.
         state: opened.
         trainer: plans and trains.
         deliver: exports the personal adapter of the live model and verifies it; called once, at the end.
@@ -115,7 +116,8 @@ class Client:
         try:
             self._take_part(stop, poll)
         finally:
-            self._transport.publish(*offline(self._fleet, self._name, self._guard), retain=True)
+            gone = offline(self._fleet, self._name, self._guard, self._identity.instance)
+            self._transport.publish(*gone, retain=True)
             self._transport.flush(10.0)
 
     def _take_part(self, stop: Callable[[], bool], poll: float) -> None:
@@ -160,7 +162,8 @@ class Client:
         if topic.kind == "blob":
             return self._chunk(topic, delivery.payload)
         if topic.kind == "status" and is_absence(delivery.payload):
-            # The last will of a connection that was replaced may come after the presence of the next one.
+            # The last will of a connection that was replaced may come after the presence of the next one. Whoever
+            # says it is not asked: a device that contradicts a forger does no harm.
             self._be_there()
         opened = self._guard.open(delivery.topic, delivery.payload) if topic.kind in {"round", "down"} else None
         if opened is None:

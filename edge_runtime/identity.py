@@ -16,7 +16,7 @@ from edge_runtime.state import DeviceState
 from edge_runtime.trainer import Introduction
 from edge_runtime.wire import blobs, topics
 from edge_runtime.wire.guard import OPEN, Guard
-from edge_runtime.wire.messages import Hello, Presence, dump, group, load
+from edge_runtime.wire.messages import Hello, Presence, dump, group
 from edge_runtime.wire.transport import Will
 
 
@@ -54,9 +54,9 @@ def online(who: Identity, session: int) -> tuple[str, bytes]:
     return _status(who.fleet, who.guard, presence)
 
 
-def offline(fleet: str, client: str, guard: Guard = OPEN) -> tuple[str, bytes]:
-    """Topic and payload of a device's absence."""
-    return _status(fleet, guard, Presence(client=client, state="offline"))
+def offline(fleet: str, client: str, guard: Guard = OPEN, instance: str = "") -> tuple[str, bytes]:
+    """Topic and payload of a device's absence; with an instance, of that one's alone."""
+    return _status(fleet, guard, Presence(client=client, state="offline", instance=instance))
 
 
 def _status(fleet: str, guard: Guard, presence: Presence) -> tuple[str, bytes]:
@@ -64,21 +64,9 @@ def _status(fleet: str, guard: Guard, presence: Presence) -> tuple[str, bytes]:
     return topic, guard.seal(topic, dump(presence))
 
 
-def is_absence(payload: bytes) -> bool:
-    """Whether a status says that its device is away.
-
-    Whoever said it is not asked: a device that contradicts a forger does no harm.
-
-    Raises:
-        WireError: it is no presence.
-    """
-    found = load(payload)
-    return isinstance(found, Presence) and found.state == "offline"
-
-
-def will(fleet: str, client: str, guard: Guard = OPEN) -> Will:
+def will(fleet: str, client: str, guard: Guard = OPEN, instance: str = "") -> Will:
     """The last will of a device: its retained status becomes "offline"."""
-    return Will(*offline(fleet, client, guard))
+    return Will(*offline(fleet, client, guard, instance))
 
 
 def hello_of(client: str, intro: Introduction) -> Hello:

@@ -88,6 +88,11 @@ def rival(member: Member, instance: str, session: int) -> tuple[Member, Rejected
     )
 
 
+def absent(member: Member, instance: str) -> bool:
+    """Whether the absence of an instance is that of the device: a former life's, or a rival's, is not."""
+    return not instance or not member.seen or instance == member.seen[-1][0]
+
+
 def unbearable(hello: Hello, rank: int, most: int) -> str:
     """Why this server could not bear the global adapter that a device's layers make, or ''.
 

@@ -9,7 +9,7 @@ from edge_runtime.errors import AuthenticityError, ConfigError, WireError
 from edge_runtime.wire import enrolment, signing, topics
 from edge_runtime.wire.keys import SigningKey
 from edge_runtime.wire.ledger import Ledger
-from edge_runtime.wire.messages import Enrol, Enrolled, Message, Rejected, load
+from edge_runtime.wire.messages import Enrol, Enrolled, Message, Rejected, is_absence, load
 from edge_runtime.wire.signing import Sealed
 from server.roster import Entry, Roster, RosterFile
 
@@ -19,6 +19,9 @@ class ServerGuard:
 
     A counter is remembered once its message has been dealt with, and not before: after a crash in between the broker
     repeats the message, and nothing is lost.
+
+    An absence is never old: a last will is sealed before anything else and published after everything. When it is
+    published is the broker's word in any case; whose it is, `rounds` looks at.
 
     Args:
         fleet: the server's fleet.
@@ -55,7 +58,7 @@ class ServerGuard:
             raise
         if sealed is None:
             return None
-        if sealed.counter < self._ledger.highest(sealed.by, kind):
+        if sealed.counter < self._ledger.highest(sealed.by, kind) and not _absence(kind, sealed.message):
             self.dropped["old"] += 1
             return None
         self._opened = sealed.by, kind, sealed.counter
@@ -120,6 +123,14 @@ class ServerGuard:
         # It names the key that asked: nobody must be able to have a device sent away by asking in its name.
         self._answers = [(client, Rejected(code="not-enrolled", reason=reason, key=message.key))]
         raise AuthenticityError(f"refused to enrol '{client}': {reason}")
+
+
+def _absence(kind: str, message: bytes) -> bool:
+    """Whether a message says that its device is away."""
+    try:
+        return kind == "status" and is_absence(message)
+    except WireError:
+        return False
 
 
 def _enrolment(kind: str, message: bytes) -> Enrol | None:

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from edge_runtime.wire.messages import Accepted, Hello, Message, Model, Name, Offer, Rejected, Report, Welcome
 from server import offers
-from server.fleet import Member, admit, choose, crowded, ranking, rival
+from server.fleet import Member, absent, admit, choose, crowded, ranking, rival
 
 
 @dataclass(frozen=True)
@@ -296,6 +296,8 @@ def _going_on(state: State, client: str) -> State:
 def _presence(state: State, heard: PresenceChanged, policy: Policy) -> tuple[State, list[Action]]:
     before = state.members.get(heard.client)
     if before is None:
+        return state, []
+    if not heard.online and not absent(before, heard.instance):
         return state, []
     actions: list[Action] = []
     member = before.model_copy(update={"online": heard.online})

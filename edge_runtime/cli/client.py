@@ -56,11 +56,13 @@ def run(
         closing.callback(state.close)
         rates = Rates(device.max_upload_rate, device.max_download_rate)
         guard = closing.enter_context(guards.of_device(config))
-        transport = shell.connect(config, f"edge-{fleet}-{name}", say, stop, will(fleet, name, guard), rates)
+        identity = Identity(fleet, name, config.wire.chunk_bytes, instance_of(state), guard, device.round_bytes)
+        last_will = will(fleet, name, guard, identity.instance)
+        transport = shell.connect(config, f"edge-{fleet}-{name}", say, stop, last_will, rates)
         closing.callback(transport.close)
         guards.enrol(config, name, transport, guard, say, stop)
         client = Client(
-            Identity(fleet, name, config.wire.chunk_bytes, instance_of(state), guard, config.device.round_bytes),
+            identity,
             transport=transport,
             state=state,
             trainer=trainer,

@@ -57,10 +57,6 @@ OPEN: Guard = OpenGuard()
 class DeviceGuard:
     """Signs for one device, and listens to the owner of the server's key alone.
 
-    Presence has one counter for each life of the process, that of its last will, which is sealed before anything
-    happens and may be published after everything. So what a former life said of itself is old, and what this one says
-    may come in any order: presence is the broker's word in any case, for it decides when a will is published.
-
     Args:
         fleet: the device's fleet.
         key: the device's.
@@ -71,7 +67,6 @@ class DeviceGuard:
     def __init__(self, fleet: str, key: SigningKey, server: Sequence[bytes], ledger: Ledger) -> None:
         self._fleet, self._key, self._ledger = fleet, key, ledger
         self._server = {signing.key_id(public): public for public in server}
-        self._life = ledger.draw()
         self._opened: tuple[str, str, int] | None = None
         self.dropped: Counter[str] = Counter()
 
@@ -82,9 +77,7 @@ class DeviceGuard:
 
     def seal(self, topic: str, message: bytes) -> bytes:
         """The message, signed for this topic."""
-        parsed = topics.parse(self._fleet, topic)
-        presence = parsed is not None and parsed.kind == "status"
-        return signing.seal(topic, message, self._key, self._life if presence else self._ledger.draw())
+        return signing.seal(topic, message, self._key, self._ledger.draw())
 
     def open(self, topic: str, payload: bytes) -> bytes | None:
         """A message of the server; the same one again is taken, for the retained Directive comes with every start."""

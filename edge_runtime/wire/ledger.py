@@ -3,10 +3,11 @@
 One SQLite file. It lies beside the key that it belongs to and not with the state, so that neither deleting a device's
 state nor restoring a server's store from a backup turns it back.
 
-Numbers to sign with are reserved in blocks, each written and synced before its first number is used: a crash skips
-numbers and never uses one again, and no message waits for the disk. A block begins at the clock's microseconds since
-1970 or after the last block, whichever is later. So a ledger that was lost or restored still counts on from where it
-was, unless the clock was set back as well; with the ledger there, the clock may do what it likes.
+A number to sign with is the clock's microseconds since 1970, or the one after the last, whichever is higher. So a
+ledger that was lost or restored still counts on from where it was, unless the clock was set back as well, and a device
+that goes on after another one used its key is not old for ever; with the ledger there, the clock may do what it likes.
+Numbers are reserved in blocks of about a minute, each written and synced before its first number is used: a crash skips
+numbers and never uses one again. On a full disk the rest of a block is used up without the clock.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from edge_runtime.errors import ConfigError
+from edge_runtime.database import transaction
+from edge_runtime.errors import ConfigError, DiskFullError
 from edge_runtime.wire.signing import MAX_COUNTER
 
-BLOCK = 1 << 16
+BLOCK = 1 << 26
+"""Numbers, and microseconds: 67 seconds."""
 
 CREDIBLE = 1 << 52
 """Microseconds; a clock beyond it (the year 2112) is wrong, and would use up the numbers."""
@@ -47,8 +51,9 @@ class Ledger:
     """
 
     def __init__(self, path: Path, clock: Callable[[], int] = microseconds) -> None:
-        self._clock = clock
+        self._clock, self._path = clock, path
         self._next = self._end = 0
+        self._unsaved: dict[tuple[str, str], int] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=2.0, isolation_level=None)
@@ -68,35 +73,54 @@ class Ledger:
             ) from error
 
     def draw(self) -> int:
-        """The next number to sign with; none comes twice, whatever happens."""
+        """The next number to sign with; none comes twice, whatever happens.
+
+        Raises:
+            DiskFullError: no room to reserve the first block, or another one when all numbers of the last are used.
+            ConfigError: the numbers have come to their end.
+        """
+        clock = self._clock()
+        now = clock if 0 <= clock < CREDIBLE else 0
         if self._next >= self._end:
-            self._reserve()
-        self._next += 1
-        return self._next - 1
+            self._reserve(now)
+        elif now >= self._end:
+            with suppress(DiskFullError):  # the block has other numbers
+                self._reserve(now)
+        number = max(self._next, now) if now < self._end else self._next
+        self._next = number + 1
+        return number
 
     def highest(self, key: str, kind: str) -> int:
         """The highest counter taken from a key on a kind of topic; -1 for none."""
         return self._taken.get((key, kind), -1)
 
     def take(self, key: str, kind: str, counter: int) -> None:
-        """Remember a counter, if it is higher. Survives a killed process; a power failure may cost the last ones."""
+        """Remember a counter, if it is higher.
+
+        Survives a killed process; a power failure may cost the last ones. On a full disk it is written down with the
+        next one that there is room for.
+        """
         if counter <= self.highest(key, kind):
             return
+        self._taken[key, kind] = self._unsaved[key, kind] = counter
         # Without a sync: what a power failure forgets was taken, and whoever repeats it finds that it has no effect.
         self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.execute("INSERT OR REPLACE INTO taken VALUES (?, ?, ?)", (key, kind, counter))
-        self._taken[key, kind] = counter
+        with suppress(DiskFullError):
+            with transaction(self._db, self._path):
+                rows = [(*taken, number) for taken, number in self._unsaved.items()]
+                self._db.executemany("INSERT OR REPLACE INTO taken VALUES (?, ?, ?)", rows)
+            self._unsaved.clear()
 
     def close(self) -> None:
         """Close the file; another process may open it."""
         self._db.close()
 
-    def _reserve(self) -> None:
+    def _reserve(self, now: int) -> None:
         row = self._db.execute("SELECT upto FROM reserved").fetchone()
-        now = self._clock()
-        start = max(int(row[0]) if row else 0, now if 0 <= now < CREDIBLE else 0)
+        start = max(int(row[0]) if row else 0, now)
         if start + BLOCK > MAX_COUNTER:
             raise ConfigError("the counter of this key has come to its end; make a new key: edge-runtime provision")
         self._db.execute("PRAGMA synchronous=FULL")
-        self._db.execute("INSERT OR REPLACE INTO reserved VALUES (1, ?)", (start + BLOCK,))
+        with transaction(self._db, self._path):
+            self._db.execute("INSERT OR REPLACE INTO reserved VALUES (1, ?)", (start + BLOCK,))
         self._next, self._end = start, start + BLOCK

@@ -224,7 +224,7 @@ class Rejected(Model):
 class Presence(Model):
     """Retained status of a device; "offline" is its last will.
 
-    `instance` tells two devices of one name apart, `session` counts its connections.
+    `instance` tells two devices of one name apart, `session` counts its connections; a last will has no session.
     """
 
     v: Literal[1] = PROTOCOL
@@ -295,6 +295,16 @@ def load(payload: bytes) -> Message:
                 f"this end speaks protocol {PROTOCOL}; found {version!r:.40}; update the older end"
             ) from error
         raise CorruptPayloadError(f"a message does not parse: {where}: {first['msg']}") from error
+
+
+def is_absence(payload: bytes) -> bool:
+    """Whether a status says that its device is away; who said it is not asked.
+
+    Raises:
+        WireError: it is no message.
+    """
+    found = load(payload)
+    return isinstance(found, Presence) and found.state == "offline"
 
 
 def _version(problem: str, where: tuple[int | str, ...], found: Any) -> object:

@@ -18,11 +18,14 @@ from edge_runtime.state import DeviceState
 from edge_runtime.trainer import Delivered
 from edge_runtime.wire.address import BrokerAddress
 from edge_runtime.wire.broker import start
+from edge_runtime.wire.guard import OPEN, DeviceGuard, Guard
+from edge_runtime.wire.ledger import Ledger
 from edge_runtime.wire.mqtt import connect
 from server.service import Service
 from server.store import Store
 from tests.runtime.toy import ToyTrainer, targets
 from tests.runtime.turns import fleet_config
+from tests.server.secrets import Secrets
 from tests.wire.conftest import QUICK, require
 
 PATIENCE = 60.0
@@ -49,22 +52,27 @@ class Part:
         return not self._thread.is_alive()
 
 
-def serve(part: Part, *, address: BrokerAddress, folder: Path) -> None:
+def serve(part: Part, *, address: BrokerAddress, folder: Path, secrets: Secrets | None) -> None:
     transport = connect(address, "server", on_event=part.notes.append, random=Random(0), patience=20)
     store = Store(folder)
     config = fleet_config("rounds.min_available_nodes=2", "training.personal_steps=0")
-    Service(config, transport, store, say=part.notes.append, record=lambda _: None).run(part.over.is_set)
+    guard = secrets.of_server() if secrets else OPEN
+    service = Service(config, transport, store, say=part.notes.append, record=lambda _: None, guard=guard)
+    service.run(part.over.is_set)
     transport.close()
     store.close()
 
 
-def take_part(part: Part, *, address: BrokerAddress, folder: Path, name: str, wait: threading.Event) -> None:
+def take_part(part: Part, *, address: BrokerAddress, folder: Path, name: str, secrets: Secrets | None) -> None:
     state = DeviceState(folder)
-    identity = Identity("fleet", name, 1024, instance_of(state))
-    wait.wait(PATIENCE)
+    guard: Guard = OPEN
+    if secrets is not None:  # a key of its name, and counters of its own, as on two machines
+        ledger = Ledger(folder / "ledger")
+        guard = DeviceGuard("fleet", secrets.devices[name], [secrets.server.public], ledger)
+    identity = Identity("fleet", name, 1024, instance_of(state), guard)
     transport = connect(
         address, f"edge-fleet-{name}", on_event=part.notes.append, random=Random(folder.name), patience=20,
-        will=will("fleet", name),
+        will=will("fleet", name, guard, identity.instance),
     )  # fmt: skip
     try:
         Client(
@@ -77,24 +85,26 @@ def take_part(part: Part, *, address: BrokerAddress, folder: Path, name: str, wa
 
 
 @pytest.mark.broker
+@pytest.mark.parametrize("signed", [False, True], ids=["open", "signed"])
 @pytest.mark.parametrize("kind", ["nats", "mosquitto"])
-def test_the_younger_of_two_devices_with_one_name_is_told_and_the_older_one_finishes(tmp_path: Path, kind) -> None:
+def test_the_younger_of_two_devices_with_one_name_is_told_and_the_older_one_finishes(
+    tmp_path: Path, kind, signed
+) -> None:
     require(kind)
-    now = threading.Event()
-    now.set()
+    secrets = Secrets(tmp_path / "secrets", "pi", "nano") if signed else None
     with start(kind, store=tmp_path / "broker", settings=QUICK) as broker:
-        device = partial(take_part, address=broker.address)
-        server = Part(partial(serve, address=broker.address, folder=tmp_path / "server"))
-        older = Part(partial(device, folder=tmp_path / "older", name="pi", wait=now))
+        device = partial(take_part, address=broker.address, secrets=secrets)
+        server = Part(partial(serve, address=broker.address, folder=tmp_path / "server", secrets=secrets))
+        older = Part(partial(device, folder=tmp_path / "older", name="pi"))
         deadline = time.monotonic() + PATIENCE
         while not any("joined" in note for note in server.notes) and time.monotonic() < deadline:
             time.sleep(0.05)
-        younger = Part(partial(device, folder=tmp_path / "younger", name="pi", wait=now))
+        younger = Part(partial(device, folder=tmp_path / "younger", name="pi"))
         assert younger.ended(), (older.notes, younger.notes)
         assert isinstance(younger.error, RejectedError)
         assert re.search("another device of this fleet is called 'pi'.*--name", str(younger.error))
         # The fleet waited for a second device; with one of another name, it begins and finishes.
-        other = Part(partial(device, folder=tmp_path / "other", name="nano", wait=now))
+        other = Part(partial(device, folder=tmp_path / "other", name="nano"))
         try:
             assert server.ended(), (server.notes, older.notes, older.error, younger.notes, other.notes)
             assert older.ended()

@@ -170,19 +170,29 @@ def test_a_crash_before_a_message_was_dealt_with_does_not_make_it_old(tmp_path: 
     assert guard.open(topic, second) is not None
 
 
-def test_a_last_will_is_believed_after_everything_that_its_life_said_and_in_no_later_life(tmp_path: Path) -> None:
-    secrets = Secrets(tmp_path, "a")
-    server, topic = secrets.of_server(), topics.status(FLEET, "a")
-    on, off = (dump(Presence(client="a", state=state)) for state in ("online", "offline"))
-    with secrets.guards("a") as life:
-        will, online = life.seal(topic, off), life.seal(topic, on)
-    for payload in (online, will, online):
-        assert server.open(topic, payload) is not None
-        server.settle()
-    with secrets.guards("a") as later:
-        assert server.open(topic, later.seal(topic, on)) is not None
-    server.settle()
-    assert server.open(topic, will) is None
+def test_a_last_will_is_believed_after_everything_that_its_life_said_and_in_no_later_life(wire: Wire) -> None:
+    wire.training()
+    topic = topics.status(FLEET, "a")
+    wills = []
+    for life in ("1", "2"):
+        guard = wire.secrets.of_device("a", Ledger(wire.secrets.folder / life))
+        wills.append(guard.seal(topic, dump(Presence(client="a", state="offline", instance=life))))
+        for session in (1, 2):
+            online = Presence(client="a", state="online", instance=life, session=session)
+            wire.inject(topic, guard.seal(topic, dump(online)))
+    wire.inject(topic, wills[0])
+    assert wire.bench.service.state.members["a"].online
+    wire.inject(topic, wills[1])
+    assert not wire.bench.service.state.members["a"].online
+
+
+def test_a_presence_that_was_said_before_a_later_one_is_old(wire: Wire) -> None:
+    one, _ = wire.training()
+    topic = topics.status(FLEET, "a")
+    early, late = (one.guard.seal(topic, dump(Presence(client="a", state="online", session=n))) for n in (1, 2))
+    wire.inject(topic, late)
+    wire.inject(topic, early)
+    assert wire.guard.dropped == {"old": 1}
 
 
 # ── standing ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.wire import topics
-from edge_runtime.wire.messages import Presence, Rejected, dump
+from edge_runtime.wire.ledger import Ledger
+from edge_runtime.wire.messages import Message, Presence, Rejected, Welcome, dump
 from server.fleet import Member, rival
 from tests.runtime.said import hello
 from tests.server.bench import FLEET, Bench, Hand, training
+from tests.server.secrets import Secrets
 
 
 @given(st.lists(st.tuples(st.sampled_from(["begin", "lose", "again"]), st.integers(0, 3)), max_size=60))
@@ -58,3 +62,64 @@ def test_the_server_tells_it_as_often_as_it_comes_back(bench: Bench) -> None:
     ] * len(told)
     assert len(told) >= 2
     assert set(bench.service.state.members) == {"a", "b"}
+
+
+class Rivals:
+    """Two machines with one name and one key, each with counters of its own, that throw each other out."""
+
+    def __init__(self, folder: Path) -> None:
+        secrets = Secrets(folder / "secrets", "a")
+        self.now = secrets.now
+        self.bench = Bench(folder, guard=secrets.of_server())
+        self.hands: dict[str, Hand] = {}
+        for instance in ("1-old", "2-new"):
+            self.now += 1_000_000
+            ledger = Ledger(folder / f"{instance}.ledger", lambda: self.now)
+            hand = self.hands[instance] = Hand(self.bench, "a", guard=secrets.of_device("a", ledger))
+            hand.transport = self.bench.broker.connect(instance)  # the broker in memory lets each client id in once
+            hand.transport.subscribe(topics.down(FLEET, "a"))
+            hand.hello()
+
+    def online(self, instance: str, session: int) -> list[Message]:
+        """Connect; returns what the server answers."""
+        self.now += 1_000_000
+        presence = Presence(client="a", state="online", instance=instance, session=session)
+        return self.hands.get(instance, self.hands["2-new"]).say(presence, topic=topics.status(FLEET, "a"))
+
+
+def test_of_two_with_one_key_the_later_one_is_told_and_the_older_one_is_heard_again(tmp_path: Path) -> None:
+    rivals = Rivals(tmp_path)
+    told = [m for session in (1, 2, 3) for instance in rivals.hands for m in rivals.online(instance, session)]
+    assert {(message.code, message.instance) for message in told if isinstance(message, Rejected)} == {
+        ("duplicate", "2-new")
+    }
+    rivals.online("1-old", 4)
+    assert any(isinstance(message, Welcome) for message in rivals.hands["1-old"].hello())
+
+
+def test_presences_that_were_said_once_send_nobody_away_when_a_broker_says_them_again(tmp_path: Path) -> None:
+    rivals = Rivals(tmp_path)
+    spy = rivals.bench.broker.connect("operator")
+    spy.subscribe(topics.status(FLEET, "a"))
+    for session in (1, 2, 3):
+        rivals.online("1-old", session)
+    recorded = []
+    while (delivery := spy.receive(0.0)) is not None:
+        recorded.append(delivery.payload)
+    for life in range(5):  # so many others that the first one's sessions are forgotten
+        rivals.online(f"{life + 2}-new", 1)
+        rivals.online(f"{life + 2}-new", 2)
+        for payload in recorded:
+            spy.publish(topics.status(FLEET, "a"), payload)
+    assert [message for message in rivals.hands["2-new"].heard() if isinstance(message, Rejected)] == []
+
+
+def test_the_last_will_of_a_rival_or_of_a_former_life_makes_nobody_absent(bench: Bench) -> None:
+    training(bench)
+    hand, status = Hand(bench, "a"), topics.status(FLEET, "a")
+    for instance in ("1-old", "2-new"):
+        hand.say(Presence(client="a", state="online", instance=instance, session=1), topic=status)
+    hand.say(Presence(client="a", state="offline", instance="1-old"), topic=status)
+    assert bench.service.state.members["a"].online
+    hand.say(Presence(client="a", state="offline", instance="2-new"), topic=status)
+    assert not bench.service.state.members["a"].online

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.errors import ConfigError
-from edge_runtime.wire.ledger import BLOCK, CREDIBLE, Ledger
+from edge_runtime.wire import ledger as ledgers
+from edge_runtime.wire.ledger import CREDIBLE, Ledger
 from edge_runtime.wire.signing import MAX_COUNTER
 from tests.runtime.fleets import in_memory
 from tests.strategies import laws
@@ -34,11 +35,41 @@ def test_numbers_rise_over_crashes_whatever_the_clock_says(lives: list[tuple[int
     assert all(0 <= number <= MAX_COUNTER for number in drawn)
 
 
-def test_a_block_that_is_used_up_is_followed_by_the_next(tmp_path: Path) -> None:
+def test_a_block_that_is_used_up_is_followed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledgers, "BLOCK", 1 << 10)
     ledger = Ledger(tmp_path / "ledger", lambda: 1000)
-    drawn = [ledger.draw() for _ in range(BLOCK + 3)]
+    drawn = [ledger.draw() for _ in range((1 << 10) + 3)]
 
-    assert drawn == list(range(1000, 1000 + BLOCK + 3))
+    assert drawn == list(range(1000, 1000 + (1 << 10) + 3))
+
+
+def test_of_two_ledgers_of_one_key_the_one_that_draws_later_draws_higher(tmp_path: Path) -> None:
+    """Whoever copied a key to a second device must not silence the first."""
+    now = 1_790_000_000_000_000
+    first, second = (Ledger(tmp_path / name, lambda: now) for name in ("first", "second"))
+    drawn = []
+    for ledger in (first, second, second, first, second, first, first):
+        now += 1_000_000
+        drawn.append(ledger.draw())
+    assert drawn == sorted(set(drawn))
+
+
+@laws
+@given(st.lists(st.one_of(st.none(), st.integers(-(1 << 62), 1 << 62)), max_size=30))
+def test_numbers_rise_while_the_clock_jumps_and_processes_are_killed(moves: list[int | None]) -> None:
+    drawn: list[int] = []
+    clock = [0]
+    with in_memory() as place:
+        ledger = Ledger(place / "ledger", lambda: clock[-1])
+        for move in moves:
+            if move is None:
+                ledger._db.close()
+                ledger = Ledger(place / "ledger", lambda: clock[-1])
+            else:
+                clock.append(move)
+            drawn.append(ledger.draw())
+        ledger._db.close()
+    assert drawn == sorted(set(drawn))
 
 
 def test_a_ledger_that_was_lost_or_restored_goes_on_above_what_it_had(tmp_path: Path) -> None:
