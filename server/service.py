@@ -14,13 +14,7 @@ from typing import Any, Literal
 from threadpoolctl import threadpool_limits
 
 from edge_runtime.config import Config
-from edge_runtime.errors import (
-    AggregationError,
-    AuthenticityError,
-    CorruptPayloadError,
-    DiskFullError,
-    WireError,
-)
+from edge_runtime.errors import AggregationError, AuthenticityError, CorruptPayloadError, DiskFullError, WireError
 from edge_runtime.wire import blobs, codec, topics, update
 from edge_runtime.wire.guard import OPEN, Guard
 from edge_runtime.wire.messages import (
@@ -124,21 +118,17 @@ class Service:
             topics.upload(self._fleet, "+", "+"),
         ):
             self._transport.subscribe(pattern)
-        self._store.save_rounds(self._state.model_dump_json())
-        self._journal.write()
-        self._perform(self._pending)
-        self._clear()
+        self._unless_full(self._save, self._journal.write, lambda: self._perform(self._pending), self._clear)
         sessions, ticked = self._transport.sessions, self._clock()
         while not stop() and self._state.phase != "over":
             delivery = self._transport.receive(poll)
             if delivery is not None:
                 self.handle(delivery)
-            self._ask_for_rest()
+            self._unless_full(self._ask_for_rest)
             if self._transport.sessions != sessions:
                 # A broker that came back may have forgotten what it retained.
                 sessions = self._transport.sessions
-                self._announce()
-                self._clear()
+                self._unless_full(self._announce, self._clear)
             if self._clock() - ticked >= poll:
                 ticked = self._clock()
                 self.tick()
@@ -146,6 +136,17 @@ class Service:
         self._journal.save()
         self._say(self._journal.summary)
         return self._state
+
+    def _save(self) -> None:
+        self._store.save_rounds(self._state.model_dump_json())
+
+    def _unless_full(self, *steps: Callable[[], None]) -> None:
+        """Do what may need room; on a full disk it is done when there is some."""
+        try:
+            for step in steps:
+                step()
+        except DiskFullError as error:
+            self._shortage.found(error)
 
     def tick(self) -> None:
         """Time passed. While the disk is full, nothing is decided by it: it is not the devices that do not move."""
@@ -165,6 +166,7 @@ class Service:
         """Do again what a full disk may have prevented, if that is possible now."""
         self._shortage.looked()
         self._store.prove_room()
+        self._save()
         self._perform(rounds.resume(self._state, self._clock())[1])
         self._journal.write()
         for delivery in self._shortage.ended():
@@ -188,7 +190,8 @@ class Service:
                 return
             if topic is not None and topic.client in self._state.members:
                 refusal = self._shortage.refusal(topic.client, blob_of(topic, event))
-                self._perform([rounds.Reply(topic.client, refusal)] if refusal else [])
+                replies: list[rounds.Action] = [rounds.Reply(topic.client, refusal)] if refusal else []
+                self._unless_full(lambda: self._perform(replies))
         delivery.ack()
 
     def _event(self, topic: topics.Topic, delivery: Delivery) -> rounds.Event | None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ import pytest
 from edge_runtime.cli import shell
 from edge_runtime.errors import DiskFullError
 from edge_runtime.wire import blobs
+from edge_runtime.wire.ledger import Ledger
 from edge_runtime.wire.messages import Offer, Rejected, Report
 from server import backup
 from server.shortage import RETRY_SECONDS
 from server.store import Store
-from tests.runtime.said import offer
+from tests.runtime.said import hello, offer
 from tests.server.bench import Bench, Hand, accepted, training
+from tests.server.secrets import Secrets
 
 
 def fill(bench: Bench) -> None:
@@ -95,6 +98,55 @@ def test_a_report_that_cannot_be_stored_is_held_back_and_not_acknowledged(
     bench.service.tick()
     assert bench.service.state.ended["a"].detail == "because"
     assert not bench.broker._exchange.session("server").unacknowledged
+
+
+@pytest.mark.parametrize("write", ["save_rounds", "retire"])
+def test_a_start_and_a_session_that_begins_while_the_disk_is_full_end_no_server(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, write: str
+) -> None:
+    first, second = training(bench)
+
+    def full(*_arguments: object) -> None:
+        raise DiskFullError("no room on the disk")
+
+    turns = iter(["lose", "listen", "stop"])
+
+    def stop() -> bool:
+        turn = next(turns)
+        if turn == "lose":
+            bench.transport.drop()
+            bench.transport.resume()
+        return turn == "stop"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.store, write, full)
+        bench.service.run(stop, poll=0.0)
+    make_room(bench)
+    assert any("room on the disk again" in note for note in bench.notes)
+    first.deliver(*first.train())
+    second.deliver(*second.train())
+    assert bench.service.state.version == 1
+
+
+def test_a_server_that_has_no_room_for_a_number_to_sign_with_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secrets = Secrets(tmp_path / "secrets", "a", "b")
+    guard = secrets.of_server()
+
+    def full(_now: int) -> None:
+        raise DiskFullError("no room on the disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(guard._ledger, "_reserve", full)
+        bench = Bench(tmp_path, guard=guard)
+        hands = [Hand(bench, name, guard=secrets.of_device(name)) for name in ("a", "b")]
+        assert hands[0].say(hello("a")) == []
+        assert hands[0].say(hello("a")) == []
+    make_room(bench)
+    for hand in hands:
+        hand.say(hello(hand.name))
+    assert bench.directive.phase == "train"
 
 
 def test_a_merge_that_does_not_fit_is_made_when_there_is_room(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +226,31 @@ def test_a_store_on_a_disk_that_is_really_full_keeps_all_that_it_said_it_has(sma
     again = Store(small_disk / "store")
     assert again.rounds() == json.dumps({"round": stored})
     assert [number for number in range(1, 1000) if list(again.updates(number))] == list(range(1, stored + 1))
+    again.close()
+
+
+def test_signing_needs_no_room_and_what_was_taken_is_written_down_when_there_is_some(small_disk: Path) -> None:
+    now = 1_790_000_000_000_000
+    path = small_disk / "ledger"
+    ledger = Ledger(path, lambda: now)
+    drawn = [ledger.draw()]
+    ledger.take("k", "up", 1)
+    with suppress(OSError), (small_disk / "ballast").open("wb", buffering=0) as ballast:
+        while True:
+            ballast.write(bytes(4096))
+    for turn in range(2000):
+        now += 1_000_000
+        drawn.append(ledger.draw())
+        ledger.take(f"{turn:016x}", "up", 5)
+    ledger.take("k", "up", 7)
+    assert drawn == sorted(set(drawn))
+    assert ledger.highest("k", "up") == 7
+    (small_disk / "ballast").unlink()
+    ledger.take("l", "up", 3)
+    ledger.close()
+    again = Ledger(path, lambda: now)
+    assert [again.highest(key, "up") for key in ("k", "l", f"{1999:016x}")] == [7, 3, 5]
+    assert again.draw() > drawn[-1]
     again.close()
 
 
