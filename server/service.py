@@ -247,6 +247,14 @@ class Service:
         """All chunks of an upload are here: check it as a whole, make it an update, or refuse it."""
         try:
             payload = blobs.join(offer.blob, self._store.chunks(offer))
+        except WireError as error:
+            if not self._staging.damaged(offer):
+                self._refuse(offer, "corrupt", str(error))
+                return
+            self._journal.dropped(f"asking '{offer.client}' for its update again: {error}", code="damaged")
+            self._need(offer, list(range(offer.blob.chunks)))
+            return
+        try:
             update = self._update(offer, payload)
             with threadpool_limits(1):
                 norm = screening.moved(update.received, update.trained)

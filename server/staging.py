@@ -12,6 +12,9 @@ from collections.abc import Callable
 from edge_runtime.wire.messages import Offer, Rejected
 from server.store import Store
 
+DAMAGED_TIMES = 2
+"""How often an upload that arrived damaged is asked for again."""
+
 
 class Staging:
     """The uploads under way in a store.
@@ -27,6 +30,7 @@ class Staging:
         self._store, self._clock, self._most, self._timeout = store, clock, most, timeout
         # Another process counts its seconds from another origin: what a former one left has its full time again.
         self._moved = dict.fromkeys(store.staged(), clock())
+        self._damaged: dict[str, tuple[str, int]] = {}
 
     def begin(self, offer: Offer) -> set[int] | Rejected:
         """The chunks of an offer that are here, or why it cannot be taken now.
@@ -66,6 +70,23 @@ class Staging:
         have = self._store.add_chunk(offer, index, payload)
         self._moved[offer.client] = self._clock()
         return True, have
+
+    def damaged(self, offer: Offer) -> bool:
+        """All chunks are here, and are not the blob that was offered: forget them; whether to ask for them again.
+
+        Nobody knows which of them it was. What is damaged every time is no accident of the way.
+
+        Raises:
+            DiskFullError: no room to note it.
+        """
+        blob, times = self._damaged.get(offer.client, ("", 0))
+        times = times + 1 if blob == offer.blob.sha256 else 1
+        self._damaged[offer.client] = offer.blob.sha256, times
+        if times > DAMAGED_TIMES:
+            return False
+        self._store.drop_upload(offer)
+        self._store.offered(offer)
+        return True
 
     def _idle(self, clients: dict[str, int]) -> list[str]:
         """Those that have not moved for too long, the longest first."""

@@ -12,11 +12,13 @@ from edge_runtime.errors import AggregationError
 from edge_runtime.lora.adapter import Adapter, Pair
 from edge_runtime.wire import codec, topics
 from edge_runtime.wire.messages import (
+    Need,
     Presence,
     Rejected,
     Welcome,
     dump,
 )
+from server.staging import DAMAGED_TIMES
 from tests.server.bench import FLEET, LAYER, Bench, Hand, accepted, training
 from tests.wire.blobcraft import laid_out, relabelled
 
@@ -34,10 +36,26 @@ def test_a_chunk_of_the_wrong_size_is_noted_and_asked_for_again(bench: Bench) ->
     assert first.deliver(offer, payload) == [accepted(offer)]
 
 
-def test_chunks_that_are_not_what_their_digest_names_are_refused_and_the_fleet_goes_on(bench: Bench) -> None:
+def test_an_upload_that_was_damaged_on_the_way_is_asked_for_again(bench: Bench) -> None:
+    first, second = training(bench)
+    second.deliver(*second.train())
+    offer, payload = first.train()
+    first.say(offer)
+    [need] = first.send(offer, payload[:-1] + bytes([payload[-1] ^ 1]))
+    assert need == Need(sha256=offer.blob.sha256, ranges=((0, offer.blob.chunks),)), "which chunk it was, nobody knows"
+    assert bench.store.chunks(offer) == {}
+    assert first.say(offer) == [], "an offer that is said again meanwhile is answered once the chunks stop coming"
+    assert first.send(offer, payload)[0] == accepted(offer)
+    assert bench.service.state.version == 1
+
+
+def test_chunks_that_are_never_what_their_digest_names_are_refused_and_the_fleet_goes_on(bench: Bench) -> None:
     first, second = training(bench)
     offer, payload = first.train()
     first.say(offer)
+    for _ in range(DAMAGED_TIMES):
+        [need] = first.send(offer, bytes(len(payload)))
+        assert isinstance(need, Need)
     [refusal] = first.send(offer, bytes(len(payload)))
     assert isinstance(refusal, Rejected)
     assert (refusal.code, refusal.sha256) == ("corrupt", offer.blob.sha256)
