@@ -25,18 +25,7 @@ from edge_runtime.lora.algebra import cut
 from edge_runtime.state import DeviceState
 from edge_runtime.trainer import AdapterSpec, Delivered, StepReport, Trainer, Training
 from edge_runtime.wire import bands, blobs, codec, feedback, topics, update
-from edge_runtime.wire.messages import (
-    Band,
-    Directive,
-    Losses,
-    Message,
-    Offer,
-    Rejected,
-    Report,
-    dump,
-    is_absence,
-    load,
-)
+from edge_runtime.wire.messages import Band, Directive, Losses, Message, Offer, Rejected, Report, dump, is_absence, load
 from edge_runtime.wire.transport import Delivery, Transport
 
 __all__ = ["REPEAT_SECONDS", "Client", "Identity", "will"]
@@ -162,8 +151,7 @@ class Client:
         if topic.kind == "blob":
             return self._chunk(topic, delivery.payload)
         if topic.kind == "status" and is_absence(delivery.payload):
-            # The last will of a connection that was replaced may come after the presence of the next one. Whoever
-            # says it is not asked: a device that contradicts a forger does no harm.
+            # The last will of a replaced connection may come late; and whoever else says it is rightly contradicted.
             self._be_there()
         opened = self._guard.open(delivery.topic, delivery.payload) if topic.kind in {"round", "down"} else None
         if opened is None:
