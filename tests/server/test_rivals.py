@@ -14,8 +14,10 @@ from server.fleet import Member, rival
 from tests.runtime.said import hello
 from tests.server.bench import FLEET, Bench, Hand, training
 from tests.server.secrets import Secrets
+from tests.strategies import laws
 
 
+@laws
 @given(st.lists(st.tuples(st.sampled_from(["begin", "lose", "again"]), st.integers(0, 3)), max_size=60))
 def test_a_device_alone_is_never_sent_away(moves) -> None:
     """However often it restarts and reconnects, and whatever of its presences comes again, in any number."""
@@ -35,6 +37,7 @@ def test_a_device_alone_is_never_sent_away(moves) -> None:
         assert refusal is None
 
 
+@laws
 @given(st.permutations(["001", "002"]), st.integers(0, 3))
 def test_of_two_that_throw_each_other_out_the_later_one_is_told_and_only_that_one(order, repeats) -> None:
     member, refused = Member(hello=hello("a")), []

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from edge_runtime.lora.adapter import Adapter, Pair
 from edge_runtime.lora.algebra import changed, distance
 from server.screening import Limits, absurd, moved
+from tests.strategies import laws
 
 SIZES = st.floats(1e-3, 1e3)
 
@@ -20,6 +21,7 @@ def pair(seed: int, rank: int = 2, size: float = 1.0) -> Pair:
     return Pair(draw.standard_normal((rank, 6)).astype(np.float32), b.astype(np.float32))
 
 
+@laws
 @given(st.integers(0, 5), st.integers(0, 5), st.integers(0, 2**32 - 2))
 def test_the_distance_is_that_of_the_products(rank, other_rank, seed) -> None:
     x, y = pair(seed, rank), pair(seed + 1, other_rank)
@@ -36,12 +38,14 @@ def test_an_update_moves_the_model_by_all_its_layers_together() -> None:
     assert moved(received, trained) == pytest.approx(float(exact), rel=1e-5)
 
 
+@laws
 @given(st.lists(SIZES, max_size=12), SIZES, st.floats(1.5, 100))
 def test_nobody_within_the_ratio_of_the_median_is_refused_and_nobody_beyond_is_taken(accepted, norm, ratio) -> None:
     usual = float(np.median(accepted)) if len(accepted) >= 3 else np.inf
     assert bool(absurd(norm, accepted, Limits(ratio))) == (norm > ratio * usual)
 
 
+@laws
 @given(st.lists(SIZES, min_size=3, max_size=12), st.floats(1e6, 1e30))
 def test_a_minority_does_not_move_the_yardstick(honest, size) -> None:
     """Whatever few liars there are, who got in when there was no yardstick, a further one is measured by the honest."""

@@ -6,12 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.wire.bucket import BURST_SECONDS, Pace, debt, full, taken
+from tests.strategies import laws
 
 SIZES = st.lists(st.integers(1, 200_000), min_size=1, max_size=60)
 RATES = st.floats(1.0, 1e7)
 PAUSES = st.floats(0.0, 100.0)
 
 
+@laws
 @given(RATES, st.lists(st.tuples(st.integers(1, 200_000), PAUSES), min_size=1, max_size=60))
 def test_no_stretch_of_time_sees_more_than_its_rate_a_burst_and_one_message(rate, sent) -> None:
     bucket, now, log = full(rate, 0.0), 0.0, []
@@ -26,6 +28,7 @@ def test_no_stretch_of_time_sees_more_than_its_rate_a_burst_and_one_message(rate
             assert moved <= (rate * BURST_SECONDS + rate * (log[last][0] - start) + largest) * (1 + 1e-9) + 1e-3
 
 
+@laws
 @given(RATES, SIZES)
 def test_whoever_always_has_something_to_send_gets_the_whole_rate(rate, sizes) -> None:
     bucket, now = full(rate, 0.0), 0.0
@@ -35,6 +38,7 @@ def test_whoever_always_has_something_to_send_gets_the_whole_rate(rate, sizes) -
     assert now <= sum(sizes) / rate * (1 + 1e-9) + 1e-6
 
 
+@laws
 @given(RATES, st.floats(-1e6, 1e6))
 def test_a_clock_that_goes_back_gives_nothing(rate, jump) -> None:
     bucket = taken(full(rate, 0.0), 3 * rate, 0.0)

@@ -17,11 +17,13 @@ from edge_runtime.wire.broker import Settings
 from edge_runtime.wire.bucket import Rates
 from edge_runtime.wire.ceiling import LEAST, STRIKES, Ceiling, acknowledged, lost
 from edge_runtime.wire.mqtt import LARGEST_PAYLOAD, connect
+from tests.strategies import laws
 from tests.wire.conftest import Clients, StartBroker
 
 TOP = 8 << 20
 
 
+@laws
 @given(st.integers(LEAST, TOP), st.lists(st.integers(0, TOP), min_size=1, max_size=40))
 def test_every_broker_gets_all_that_it_takes_after_a_few_losses(limit, sizes) -> None:
     """A broker that acknowledges in order what it takes, and hangs up on the rest."""
@@ -38,6 +40,7 @@ def test_every_broker_gets_all_that_it_takes_after_a_few_losses(limit, sizes) ->
     assert all(size <= ceiling.largest for size in sizes if size <= limit // 2)
 
 
+@laws
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, TOP)), max_size=60))
 def test_a_broker_that_acknowledges_something_in_between_is_never_blamed(events) -> None:
     ceiling = Ceiling(TOP)

@@ -118,6 +118,7 @@ def test_no_residual_on_disk_is_nothing_owed() -> None:
     assert feedback.load(feedback.dump(feedback.NONE)).owed.ranks == {}
 
 
+@laws
 @given(st.binary(max_size=60))
 @example(b"")
 def test_bytes_that_are_no_residual_are_refused(payload: bytes) -> None:

@@ -21,6 +21,7 @@ from edge_runtime.errors import BrokerError, ConfigError, TooLargeError
 from edge_runtime.wire.broker import EmbeddedBroker, Settings
 from edge_runtime.wire.link import FIRST_DELAY_S, LONGEST_DELAY_S, backoff
 from edge_runtime.wire.mqtt import LARGEST_PAYLOAD, WINDOW_MESSAGES, BrokerAddress, connect
+from tests.strategies import laws
 from tests.wire.conftest import Clients, StartBroker
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@laws
 @given(st.integers(0, 10_000), st.randoms(use_true_random=False))
 def test_the_wait_doubles_up_to_a_limit_and_is_half_chance(attempt: int, random: Random) -> None:
     """No wait is longer than the limit, and none shorter than half of what its attempt calls for."""
