@@ -110,12 +110,13 @@ def decode(blob: bytes, limit: int = MAX_DECODED_BYTES) -> Adapter:
         streams = safetensors.numpy.load(raw)
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
         raise CorruptPayloadError(f"a blob is not a safetensors file ({error}); ask the sender again") from error
-    _check(streams, layers)
+    batches = tuple(layout.batches(layers))
+    _check(streams, batches)
     pairs = {
         x.name: Pair(np.empty((x.rank, x.d_in), np.float32), np.empty((x.d_out, x.rank), np.float32)) for x in layers
     }
     at = dict.fromkeys(streams, 0)
-    for batch in layout.batches(layers):
+    for batch in batches:
         _scatter(_unpacked(batch, streams, at), batch, pairs)
     return Adapter(pairs)
 
@@ -162,10 +163,10 @@ def _key(name: str, part: str) -> str:
     return f"{name}:{part}" if part else name
 
 
-def _check(streams: Streams, layers: tuple[Layer, ...]) -> None:
+def _check(streams: Streams, batches: tuple[Batch, ...]) -> None:
     """Refuse streams that are not exactly those that the layout describes: nothing is stretched, nothing left over."""
     expected: dict[str, Part] = {}
-    for batch in layout.batches(layers):
+    for batch in batches:
         for name, part in codec(batch.codec).parts(batch.count, batch.width).items():
             key = _key(batch.codec, name)
             expected[key] = Part(part.dtype, part.numbers + (expected[key].numbers if key in expected else 0))

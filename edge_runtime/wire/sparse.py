@@ -31,8 +31,10 @@ def _pack(x: Matrix, one_in: int) -> Parts:
     least = np.partition(size, x.shape[1] - k, axis=1)[:, x.shape[1] - k, None]
     chosen = size > least
     # Of those that are just as large, the first: the same numbers give the same bytes on every machine.
-    equal = size == least
-    chosen |= equal & (np.cumsum(equal, axis=1) <= k - np.count_nonzero(chosen, axis=1, keepdims=True))
+    room, equal = k - np.count_nonzero(chosen, axis=1), size == least
+    tied = np.flatnonzero(np.count_nonzero(equal, axis=1) > room)
+    equal[tied] &= np.cumsum(equal[tied], axis=1) <= room[tied, None]
+    chosen |= equal
     scale = largest(x) / np.float32(TOP)
     counts = np.rint(x * inverse(scale)[:, None])[chosen]
     return {"": counts.astype(np.int8), "scale": scale, "where": np.packbits(chosen)}
