@@ -18,6 +18,7 @@ from edge_runtime.errors import (
     TooLargeError,
     WireError,
 )
+from edge_runtime.fetching import Fetching
 from edge_runtime.identity import Identity, hello_of, offline, online, will
 from edge_runtime.keeper import Keeper, Watch
 from edge_runtime.lora.adapter import Adapter, Slot
@@ -75,8 +76,8 @@ class Client:
         offer = outbox[0] if outbox else None
         self._state = agent.start(self._name, state.run, offer, state.settled, identity.instance)
         self._slot: Slot | None = None
-        self._wanted: dict[str, dict[int, bytes]] = {}
-        self._directive: Directive | None = None
+        self._fetching = Fetching(self._fleet, transport, state, watch.clock)
+        self._fetched: agent.Fetched | None = None
         self._progress = Progress()
         self._heard = watch.clock()
         self._keeper = Keeper(state, watch, say=say)
@@ -122,8 +123,7 @@ class Client:
             elif self._clock() - self._heard >= REPEAT_SECONDS and self._transport.flush(0.0):
                 # Nothing of ours is still on its way, so the silence is not that of a slow link.
                 self._heard = self._clock()
-                for sha in self._wanted:  # a broker may have learnt only now what it retains
-                    self._transport.subscribe(topics.broadcast(self._fleet, sha))
+                self._fetching.ask_again()
                 self._apply(agent.Repeat())
 
     def _be_there(self) -> None:
@@ -225,37 +225,17 @@ class Client:
         return agent.Planned(hello_of(self._name, intro))
 
     def _fetch(self, directive: Directive) -> None:
-        refs = {band.blob.sha256: band.blob for band in self._bands(directive)}
-        self._directive, self._progress.round = directive, directive.round
-        for sha in set(self._wanted) - set(refs):
-            self._transport.unsubscribe(topics.broadcast(self._fleet, sha))
-        self._disk.keep_bands(refs.keys())
-        self._wanted = {sha: {} for sha in refs if self._disk.band(sha) is None}
+        self._progress.round, self._fetched = directive.round, agent.Fetched(directive.version)
+        self._fetching.begin({band.blob.sha256: band.blob for band in self._bands(directive)})
         self._report("fetching")
-        for sha in self._wanted:
-            self._transport.subscribe(topics.broadcast(self._fleet, sha))
-        if not self._wanted:
-            self._apply(agent.Fetched(directive.version))
+        if self._fetching.complete:
+            self._apply(self._fetched)
 
     def _chunk(self, topic: topics.Topic, payload: bytes) -> agent.Event | None:
-        chunks = self._wanted.get(topic.digest)
-        directive = self._directive
-        ref = next((b.blob for b in directive.bands if b.blob.sha256 == topic.digest), None) if directive else None
-        if chunks is None or ref is None or directive is None or not blobs.fits(ref, topic.chunk, payload):
+        if not self._fetching.take(topic.digest, topic.chunk, payload):
             return None
         self._heard = self._clock()
-        chunks[topic.chunk] = payload
-        if blobs.missing(ref, chunks):
-            return None
-        try:
-            self._disk.put_band(ref.sha256, blobs.join(ref, chunks))
-        except WireError:
-            chunks.clear()  # a broker mixed something up; its retained chunks come again with the next subscription
-            self._transport.subscribe(topics.broadcast(self._fleet, ref.sha256))
-            raise
-        del self._wanted[topic.digest]
-        self._transport.unsubscribe(topics.broadcast(self._fleet, topic.digest))
-        return None if self._wanted else agent.Fetched(directive.version)
+        return self._fetched if self._fetching.complete else None
 
     @property
     def _planned(self) -> Slot:

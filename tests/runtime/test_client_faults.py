@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from edge_runtime.errors import (
     RejectedError,
     WireError,
 )
+from edge_runtime.fetching import STILL_SECONDS
 from edge_runtime.identity import will
 from edge_runtime.wire import topics
 from edge_runtime.wire.messages import (
@@ -223,4 +225,27 @@ def test_bands_that_the_broker_learns_of_late_are_asked_for_again(desk: Desk) ->
     assert late
     assert "training" not in {said.state for said in of(Report, desk.tell(asked))}
     kept.update(late)  # a leaf hears from its hub, and tells nobody who has subscribed already
+    assert not of(Offer, [*hear_nothing(desk, STILL_SECONDS - 1), *desk.work()])
     assert of(Offer, [*hear_nothing(desk, REPEAT_SECONDS + 1), *desk.work()])
+
+
+def test_bands_that_do_not_come_are_asked_for_ever_more_rarely(desk: Desk) -> None:
+    desk.tell(directive("gather"), WELCOME)
+    asked = desk.publish(adapter())
+    desk.broker._exchange.retained.clear()
+    desk.tell(asked)
+    again: list[float] = []
+    subscribe = desk.transport.subscribe
+
+    def noted(pattern: str) -> None:
+        if "/blob/" in pattern:
+            again.append(desk.clock.now)
+        subscribe(pattern)
+
+    desk.transport.subscribe = noted  # type: ignore[method-assign]
+    began = desk.clock.now
+    for _ in range(60):
+        hear_nothing(desk, REPEAT_SECONDS + 1)
+    times = sorted({when - began for when in again})
+    assert len(times) == 3, "after one, two and four minutes more"
+    assert all(later >= 2 * sooner for sooner, later in itertools.pairwise(times))
