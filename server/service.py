@@ -255,9 +255,9 @@ class Service:
             self._need(offer, list(range(offer.blob.chunks)))
             return
         try:
-            update = self._update(offer, payload)
+            found = self._update(offer, payload)
             with threadpool_limits(1):
-                norm = screening.moved(update.received, update.trained)
+                norm = screening.moved(found.received, found.trained)
         except (WireError, AggregationError) as error:
             self._refuse(offer, "corrupt", str(error))
             return
