@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,21 +13,12 @@ import pytest
 from edge_runtime.errors import BrokerError
 from edge_runtime.provision import rules
 from edge_runtime.provision.bundle import Order, provision
-from edge_runtime.wire.broker import BROKERS, EmbeddedBroker, start
+from edge_runtime.wire.broker import EmbeddedBroker, start
 from edge_runtime.wire.mqtt import BrokerAddress, connect
 from edge_runtime.wire.transport import Delivery, Transport, Will
+from tests.wire.conftest import require
 
 FLEET = "fleet"
-
-
-def require(kind: str) -> None:
-    """Skip where a broker is not installed, but never in CI, where that would hide a hole."""
-    try:
-        BROKERS[kind].find()
-    except BrokerError as error:
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"CI runs against both brokers: {error}")
-        pytest.skip(str(error))
 
 
 @dataclass
