@@ -64,20 +64,7 @@ KINDS: Sequence[tuple[str, str]] = (
 
 def main() -> int:
     """Run both, print the tables and the RESULT line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one repetition")
-    parser.add_argument(
-        "--data", default="../shared/data/natural-instructions", help="folder of *.train.jsonl, or source"
-    )
-    parser.add_argument("--cache", type=Path, default=cache_dir())
-    parser.add_argument("--steps", type=int, default=4, help="of each timed run; the first one is not timed")
-    parser.add_argument("--learning-steps", type=int, default=12, help="of the runs whose loss is compared")
-    parser.add_argument("--pack-tokens", type=int, default=768, help="of ours at once")
-    parser.add_argument(
-        "--recomputed-layers", type=int, default=28, help="of ours: memory for time; 30 for all of them"
-    )
-    parser.add_argument("--repetitions", type=int, default=0)
-    options = parser.parse_args()
+    options = _options()
     console = Console(width=150)
     data = options.data if Path(options.data).is_dir() or ":" in options.data else "stdlib-docs:numbers"
     threads = max(1, min(psutil.cpu_count(logical=False) or 1, len(psutil.Process().cpu_affinity())))
@@ -94,12 +81,7 @@ def main() -> int:
     floor = did("floor", run)["peak"]
     rates = did("rate", run)
     run = replace(run, products=_faster(rates))
-    rivals = {
-        f"stock, {kind}, micro-batch {size}": replace(run, who="stock", micro_batch=size, products=kind)
-        for kind, sizes in (("bf16", STOCK_BATCHES), ("fp32", STOCK_BATCHES_FP32 if run.products == "fp32" else ()))
-        for size in sizes
-    }
-    rivals["ours"] = run
+    rivals = _rivals(run)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in rivals}
     for repetition in range(options.repetitions or (1 if options.quick else 3)):
         for name, rival in rivals.items():
@@ -125,6 +107,34 @@ def main() -> int:
     console.print(f"products: {run.products} ({rates['fp32']:.0f} GFLOP/s in fp32, {rates['bf16']:.0f} in bf16)")
     console.print(_where(did("profile", replace(run, steps=2))))
     return 0 if result("training", figures, GOALS) else 1
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one repetition")
+    parser.add_argument(
+        "--data", default="../shared/data/natural-instructions", help="folder of *.train.jsonl, or source"
+    )
+    parser.add_argument("--cache", type=Path, default=cache_dir())
+    parser.add_argument("--steps", type=int, default=4, help="of each timed run; the first one is not timed")
+    parser.add_argument("--learning-steps", type=int, default=12, help="of the runs whose loss is compared")
+    parser.add_argument("--pack-tokens", type=int, default=768, help="of ours at once")
+    parser.add_argument(
+        "--recomputed-layers", type=int, default=28, help="of ours: memory for time; 30 for all of them"
+    )
+    parser.add_argument("--repetitions", type=int, default=0)
+    return parser.parse_args()
+
+
+def _rivals(run: Run) -> dict[str, Run]:
+    """Name → run: the stock stack in all its ways, then ours."""
+    fp32 = STOCK_BATCHES_FP32 if run.products == "fp32" else ()
+    stock = {
+        f"stock, {kind}, micro-batch {size}": replace(run, who="stock", micro_batch=size, products=kind)
+        for kind, sizes in (("bf16", STOCK_BATCHES), ("fp32", fp32))
+        for size in sizes
+    }
+    return {**stock, "ours": run}
 
 
 def summaries(found: Mapping[str, Sequence[Mapping[str, Any]]], floor: int) -> dict[str, dict[str, float]]:
