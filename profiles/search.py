@@ -340,7 +340,10 @@ def _product_dtypes(profile: DeviceProfile, compute: str, wanted: str | None) ->
     """The last one takes least memory: that of the activations, for which nothing is cast."""
     if wanted is not None:
         return (wanted,)
-    return (compute,) if profile.bf16_is_fast or compute == "fp32" else ("fp32", compute)
+    if profile.bf16_is_fast or compute == "fp32":
+        return (compute,)
+    # Emulated products whose rate nobody measured are never known to end in time, so they aren't on offer.
+    return ("fp32", compute) if profile.gemm_bf16_gflops > 0 else ("fp32",)
 
 
 def _precisions(profile: DeviceProfile, compute: str, wanted: str | None) -> tuple[str, ...]:

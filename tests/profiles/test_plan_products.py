@@ -34,3 +34,12 @@ def test_float32_products_give_way_where_their_casts_do_not_fit() -> None:
 
     assert tight.product_dtype == "bf16"
     assert "MiB more" in tight.reasons["product_dtype"]
+
+
+def test_emulated_products_of_unknown_rate_are_not_on_offer() -> None:
+    unknown = replace(MEASURED, bf16_is_fast=False, gemm_bf16_gflops=0.0)
+
+    found = plan(unknown, smollm2(), TASK, Budgets(4 * GIB))
+
+    assert (found.compute_dtype, found.product_dtype) == ("bf16", "fp32")
+    assert (found.predicted_step_seconds or 0.0) > 0
