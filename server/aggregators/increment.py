@@ -1,9 +1,10 @@
 """Exact increments in factored form: the global adapter moves by what devices changed, never by what they hold.
 
-    G+ = G + T + sum_k p_k (B_k A_k - R_k)
+    G+ = G + T + sum_k p_k d_k (B_k A_k - R_k)
 
 R_k is the slice that device k trained, exactly as it decoded it; B_k A_k the same slice after training; p_k its share
-of the examples among those who trained the layer; T what the last merge could not fit into the global rank.
+of the examples among those who trained the layer; d_k its discount, 1 but for what was trained from an older version;
+T what the last merge could not fit into the global rank.
 
 Source: our own; the unbiased form is FedHL's (Peng et al., 2025), which keeps G dense. Differs from it: G stays
 factored, devices may hold more than they train, the difference is taken against what was decoded (so a lossy
@@ -58,7 +59,8 @@ def _merge(
     if name in state.tail:
         terms.append((1.0, state.tail[name]))
     for share, update in entries:
-        terms += [(share, update.trained[name]), (-share, update.received[name])]
+        counted = share * update.discount
+        terms += [(counted, update.trained[name]), (-counted, update.received[name])]
     spectrum = decompose(terms)
     rank, held = old.rank, spectrum.numerical_rank
     stop = min(held, rank + round(tail * rank))

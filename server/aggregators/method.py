@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -33,12 +33,21 @@ class Update:
         weight: training examples really used.
         received: the slice it trained, exactly as it decoded it.
         trained: the same slice after training; same layers, shapes and ranks as `received`.
+        weights: examples of each layer, where they are not `weight` for all: of a gateway, behind which devices train
+            different layers.
+        discount: share of its increment that counts; less than 1 for one that was trained from an older version.
     """
 
     client: str
     weight: float
     received: Adapter
     trained: Adapter
+    weights: Mapping[str, float] = field(default_factory=dict)
+    discount: float = 1.0
+
+    def weight_of(self, layer: str) -> float:
+        """Training examples that this layer saw."""
+        return self.weights.get(layer, self.weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +58,13 @@ class State:
         adapter: the global adapter; its first r directions are what a device of rank r receives.
         tail: directions that did not fit into `adapter`, added again in the next round; may be empty.
         version: counts merges.
+        carried: name → what a part that is composed with the method remembers, such as a server optimiser's moments.
     """
 
     adapter: Adapter
     tail: Adapter
     version: int
+    carried: Mapping[str, Adapter] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,10 +86,17 @@ class LayerReport:
 
 @dataclass(frozen=True, eq=False)
 class Merged:
-    """The outcome of one merge."""
+    """The outcome of one merge.
+
+    Attributes:
+        state: the next one.
+        layers: layer name → its report.
+        excluded: client → why a robust rule left its update out.
+    """
 
     state: State
     layers: Mapping[str, LayerReport]
+    excluded: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def truncation(self) -> float:
@@ -141,7 +159,7 @@ def by_layer(state: State, updates: Iterable[Update]) -> dict[str, list[tuple[fl
     for update in ordered:
         _check(state, update)
         for name in update.trained:
-            layers.setdefault(name, []).append((update.weight, update))
+            layers.setdefault(name, []).append((update.weight_of(name), update))
     for entries in layers.values():
         total = sum(weight for weight, _ in entries)
         entries[:] = [(weight / total, update) for weight, update in entries]
@@ -149,8 +167,9 @@ def by_layer(state: State, updates: Iterable[Update]) -> dict[str, list[tuple[fl
 
 
 def _check(state: State, update: Update) -> None:
-    if not update.weight > 0:
-        raise AggregationError(f"'{update.client}' weighs {update.weight}; a weight is a positive count of examples")
+    light = [weight for weight in (update.weight, *update.weights.values()) if not weight > 0]
+    if light:
+        raise AggregationError(f"'{update.client}' weighs {light[0]}; a weight is a positive count of examples")
     for name, pair in update.trained.items():
         known, received = state.adapter.layers.get(name), update.received.layers.get(name)
         if known is None or received is None:
@@ -166,7 +185,7 @@ def save_state(state: State) -> bytes:
     """A state as safetensors bytes; `load_state` gives it back bit for bit."""
     tensors: dict[str, NDArray[np.generic]] = {
         f"{part}:{name}:{factor}": np.ascontiguousarray(getattr(pair, factor))
-        for part, adapter in (("adapter", state.adapter), ("tail", state.tail))
+        for part, adapter in (("adapter", state.adapter), ("tail", state.tail), *state.carried.items())
         for name, pair in adapter.items()
         for factor in ("a", "b")
     }
@@ -188,7 +207,8 @@ def load_state(payload: bytes) -> State:
         for key, a in tensors.items():
             part, name, factor = key.split(":")
             if factor == "a":
-                parts[part][name] = Pair(a, tensors[f"{part}:{name}:b"])
+                parts.setdefault(part, {})[name] = Pair(a, tensors[f"{part}:{name}:b"])
     except (safetensors.SafetensorError, ValueError, KeyError, IndexError) as error:
         raise AggregationError(f"a saved state does not load ({error}); restore the store from a backup") from error
-    return State(Adapter(parts["adapter"]), Adapter(parts["tail"]), version)
+    adapter, tail = Adapter(parts.pop("adapter")), Adapter(parts.pop("tail"))
+    return State(adapter, tail, version, {part: Adapter(layers) for part, layers in parts.items()})

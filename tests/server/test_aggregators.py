@@ -86,6 +86,15 @@ def test_a_state_round_trips_bit_for_bit_and_merges_on_as_before(
     assert save_state(method.combine(again, updates).state) == save_state(method.combine(first, updates).state)
 
 
+def test_what_is_carried_beside_the_method_round_trips() -> None:
+    state = replace(learnt_state(4), carried={"momentum": learnt_state(2).adapter})
+    again = load_state(save_state(state))
+    assert {name: part.digest() for name, part in again.carried.items()} == {
+        "momentum": state.carried["momentum"].digest()
+    }
+    assert again.adapter.digest() == state.adapter.digest()
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_damaged_state_is_refused_or_whole(data: st.DataObject) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,6 +20,7 @@ from tests.server.merging import (
     LAYER,
     MIXED_RANKS,
     SHAPES,
+    Dense,
     dense,
     energy_kept,
     idle,
@@ -127,3 +130,29 @@ def test_fresh_directions_differ_from_version_to_version() -> None:
 def test_a_negative_tail_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"aggregator.tail must be 0 or more; found -1"):
         aggregators.build("increment", tail=-1)
+
+
+def test_each_layer_has_weights_of_its_own_where_an_update_says_so() -> None:
+    state, method = learnt_state(4), aggregators.build("increment")
+    first, second = updates_from(state, method, [4, 4], weights=[3.0, 1.0])
+    layers = dict.fromkeys(SHAPES, 1.0)
+
+    told = method.combine(state, [replace(first, weight=9.0, weights={**layers, LAYER: 3.0}), second])
+
+    assert dense(told.state.adapter)[LAYER] == pytest.approx(
+        dense(method.combine(state, [first, second]).state.adapter)[LAYER], abs=1e-6
+    )
+
+
+def test_a_discount_scales_one_increment_and_not_the_others() -> None:
+    state, method = learnt_state(4), aggregators.build("increment", tail=4.0)
+    updates = updates_from(state, method, [4, 2])
+
+    def moved(discount: float) -> Dense:
+        after = method.combine(state, [replace(updates[0], discount=discount), updates[1]]).state
+        both = {name: dense(after.adapter)[name] + dense(after.tail)[name] for name in SHAPES}
+        return {name: both[name] - dense(state.adapter)[name] for name in SHAPES}
+
+    own = {name: 0.5 * (moved(1.0)[name] + moved(1e-12)[name]) for name in SHAPES}
+    for name, half in moved(0.5).items():
+        assert half == pytest.approx(own[name], abs=1e-6)
