@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-MAPPED_FROM_BYTES = 4 << 20
+MAPPED_FROM_BYTES = 8 << 20
 """Blocks of this size or more are mapped one by one, and their pages go back when they are freed."""
 
-LAYERS_BETWEEN = 3
+LAYERS_BETWEEN = 5
 """Layers from one release to the next where some layers keep their activations: with fewer it costs more time, with
 more it saves less."""
 
