@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -27,6 +27,7 @@ from edge_runtime.client import Client, Identity, will
 from edge_runtime.errors import WireError
 from edge_runtime.lora.adapter import Adapter, LayerSlot, Pair, Slot
 from edge_runtime.lora.algebra import change, cut
+from edge_runtime.lora.slices import Scores
 from edge_runtime.state import DeviceState
 from edge_runtime.trainer import AdapterSpec, Delivered, Gate, Introduction, LocalResult, StepReport, Training
 from edge_runtime.wire import mqtt, topics
@@ -183,9 +184,14 @@ class SeededTrainer:
             plan=f"train {self._rank}, hold {spec.max_held}", software="numpy",
         )  # fmt: skip
 
-    def receive(self, adapter: Adapter) -> None:
-        """Begin from this."""
+    def receive(self, adapter: Adapter, rows: Mapping[str, Sequence[int]] | None = None) -> None:
+        """Begin from this; a walk at random goes by the first directions whatever is asked for."""
+        del rows
         self._slice = Adapter({name: cut(pair, self._rank) for name, pair in adapter.items()})
+
+    def scores(self) -> Mapping[str, Scores]:
+        """Of no direction more than of another."""
+        return {name: np.zeros(pair.rank) for name, pair in self._slice.items()}
 
     def evaluate(self) -> float:
         """A number that depends on what was received."""

@@ -8,16 +8,19 @@ the tree.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
+
+import numpy as np
 
 from benchmarks import fuzz_inputs as inputs
 from edge_runtime import config as settings
 from edge_runtime.client import Client, Identity
 from edge_runtime.errors import EdgeRuntimeError, WireError
 from edge_runtime.lora.adapter import Adapter
+from edge_runtime.lora.slices import Scores
 from edge_runtime.state import DeviceState
 from edge_runtime.trainer import AdapterSpec, Delivered, Gate, Introduction, LocalResult, StepReport, Training
 from edge_runtime.wire import blobs, codec, topics
@@ -254,9 +257,13 @@ class IdleTrainer:
         on_plan(1)
         return Introduction(inputs.SLOT, inputs.BASE, 10, "d", "fp32", "p", "s")
 
-    def receive(self, adapter: Adapter) -> None:
+    def receive(self, adapter: Adapter, rows: Mapping[str, Sequence[int]] | None = None) -> None:
         """Look at it."""
-        self._received = adapter
+        self._received = adapter, rows
+
+    def scores(self) -> Mapping[str, Scores]:
+        """Of all directions the same."""
+        return {name: np.ones(pair.rank) for name, pair in self._received[0].items()}
 
     def evaluate(self) -> float:
         """A loss."""

@@ -8,7 +8,8 @@ devices learn is in their adapters alone, and all of it travels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +23,12 @@ from edge_runtime.train.classify import Classifier, ClassifierTask, Labelled
 from edge_runtime.train.data import Example, Message, load_examples, split
 from edge_runtime.train.encoder import load_encoder
 from edge_runtime.train.label_choice import labels_of
+from edge_runtime.train.optimizer import gradient_norms
 from edge_runtime.train.stdlib_docs import GROUPS
+from edge_runtime.train.terms import Term
 from edge_runtime.wire import codec
 from server.aggregators.increment import increment
-from server.aggregators.method import State, Update, fresh_state
+from server.aggregators.method import Update, fresh_state
 
 RANKS = (2, 2, 4, 4, 4, 8, 8, 16, 16, 32)
 GLOBAL_RANK = 32
@@ -66,7 +69,7 @@ def examples_in(folder: Path) -> list[Example]:
     return [Example((Message("user", text), Message("assistant", label))) for text, label in found if text.strip()]
 
 
-def build(folder: Path, seed: int) -> Fleet:
+def build(folder: Path, seed: int, ranks: Sequence[int] = RANKS) -> Fleet:
     """The fleet of that seed: who has which texts, and the head that all share."""
     examples = examples_in(folder)
     train, held_out = split(examples, seed=seed)
@@ -78,8 +81,8 @@ def build(folder: Path, seed: int) -> Fleet:
     classify.train_classifier(classifier, public, ClassifierTask(steps=60, learning_rate=1e-12, seed=seed))
     live.detach(classifier.live)
     texts = classify.encode(classifier, private)
-    shares = _dirichlet(texts, len(classifier.labels), len(RANKS), seed)
-    devices = {f"device-{i}": (rank, shares[i]) for i, rank in enumerate(RANKS)}
+    shares = _dirichlet(texts, len(classifier.labels), len(ranks), seed)
+    devices = {f"device-{i}": (rank, shares[i]) for i, rank in enumerate(ranks)}
     return Fleet(classifier, devices, list(classify.encode(classifier, held_out[:HELD_OUT])), shapes)
 
 
@@ -122,7 +125,9 @@ def run(fleet: Fleet, exchange: Exchange, *, rounds: int, steps: int, seed: int,
         updates, size = [], 0
         for name, (rank, texts) in fleet.devices.items():
             received = Adapter({layer: cut(pair, rank) for layer, pair in sent.items()})
-            moved = _train(fleet, sent, rank, texts, steps, seed * 1000 + number)
+            rows = {layer: range(min(rank, pair.rank)) for layer, pair in sent.items()}
+            with attached(fleet, sent, rows) as found:
+                moved, _ = train(found, texts, steps, seed * 1000 + number)
             arrived, bytes_up = exchange(name, received, moved)
             size += bytes_up
             trained = Adapter({layer: changed(received[layer], pair) for layer, pair in arrived.items()})
@@ -130,31 +135,43 @@ def run(fleet: Fleet, exchange: Exchange, *, rounds: int, steps: int, seed: int,
             updates.append(Update(name, float(min(len(texts), steps * BATCH)), received, trained))
         state = method.combine(state, updates).state
         due = number == rounds or (every and number % every == 0)
-        loss, accuracy = _evaluate(fleet, state) if due else (math.nan, math.nan)
+        loss, accuracy = evaluate(fleet, state.adapter) if due else (math.nan, math.nan)
         yield Round(loss, accuracy, size)
 
 
-def _slot(adapter: Adapter, trained: int) -> Slot:
-    return Slot(
+@contextmanager
+def attached(fleet: Fleet, adapter: Adapter, rows: Mapping[str, Sequence[int]]) -> Iterator[Classifier]:
+    """The classifier with an adapter of which these rows are trained; the encoder is as before when it ends."""
+    base = fleet.classifier
+    slot = Slot(
         {
-            name: LayerSlot(*pair.shape, held=pair.rank, trained=min(trained, pair.rank))
+            name: LayerSlot(*pair.shape, held=pair.rank, trained=len(rows.get(name, ())))
             for name, pair in adapter.items()
         }
     )
+    model = live.attach(base.live.model, slot, scaling=base.live.scaling)
+    families.get(classify.FAMILY).load(model, adapter, rows)
+    try:
+        yield Classifier(model, base.head, base.labels, base.tokenizer, base.max_length)
+    finally:
+        live.detach(model)
 
 
-def _attached(fleet: Fleet, adapter: Adapter, trained: int) -> Classifier:
-    base = fleet.classifier
-    model = live.attach(base.live.model, _slot(adapter, trained), scaling=base.live.scaling)
-    families.get(classify.FAMILY).load(model, adapter)
-    return Classifier(model, base.head, base.labels, base.tokenizer, base.max_length)
+def train(
+    found: Classifier, texts: Sequence[Labelled], steps: int, seed: int, terms: Sequence[Term] = ()
+) -> tuple[Adapter, list[float]]:
+    """Factor-wise change of the trained rows after so many steps on these texts, and the norms of the loss's gradients.
 
-
-def _train(fleet: Fleet, sent: Adapter, rank: int, texts: Sequence[Labelled], steps: int, seed: int) -> Adapter:
-    """Factor-wise change of the first `rank` directions after so many steps on these texts."""
-    found = _attached(fleet, sent, rank)
+    Args:
+        found: from `attached`.
+        texts: the device's.
+        steps: optimiser steps.
+        seed: of the order of the texts.
+        terms: beside the loss.
+    """
     before = live.read_trained(found.live)
-    parameters = list(live.trainable_parameters(found.live).values())
+    named = live.trainable_parameters(found.live)
+    parameters, norms = list(named.values()), []
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
     lengths = [len(text.input_ids) for text in texts]
     for step in range(steps):
@@ -163,23 +180,23 @@ def _train(fleet: Fleet, sent: Adapter, rank: int, texts: Sequence[Labelled], st
         loss = classify.classification_loss(found, classify.collate(found, [texts[i] for i in chosen]))
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
+        norms.append(math.hypot(*gradient_norms(named).values()))
+        for term in terms:
+            term(named)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
     after = live.read_trained(found.live)
-    live.detach(found.live)
-    return Adapter({name: change(after[name], before[name]) for name in after})
+    return Adapter({name: change(after[name], before[name]) for name in after}), norms
 
 
-def _evaluate(fleet: Fleet, state: State) -> tuple[float, float]:
+def evaluate(fleet: Fleet, adapter: Adapter) -> tuple[float, float]:
     """Held-out loss in nats and accuracy of the global adapter."""
-    found = _attached(fleet, state.adapter, 0)
     total, right = 0.0, 0
-    with torch.no_grad():
+    with attached(fleet, adapter, {}) as found, torch.no_grad():
         ordered = sorted(fleet.held_out, key=lambda text: len(text.input_ids))
         for start in range(0, len(ordered), 64):
             batch = classify.collate(found, ordered[start : start + 64])
             scores = classify.logits(found, batch)
             total += float(torch.nn.functional.cross_entropy(scores, batch.labels, reduction="sum"))
             right += int((scores.argmax(dim=-1) == batch.labels).sum())
-    live.detach(found.live)
     return total / len(ordered), right / len(ordered)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from edge_runtime.client import Client, Identity, will
 from edge_runtime.config import Config, load
 from edge_runtime.lora.adapter import Adapter, LayerSlot, Pair, Slot
+from edge_runtime.lora.slices import Scores
 from edge_runtime.state import DeviceState
 from edge_runtime.trainer import (
     AdapterSpec,
@@ -85,9 +86,14 @@ class Stand:
         slot = {f"model.layers.{index}.self_attn.q_proj": LayerSlot(SIDE, SIDE, RANK, RANK) for index in range(LAYERS)}
         return Introduction(Slot(slot), "b" * 64, 100, "benchmark", "fp32", f"rank {RANK}", "numpy")
 
-    def receive(self, adapter: Adapter) -> None:
-        """Take what arrived."""
+    def receive(self, adapter: Adapter, rows: Mapping[str, Sequence[int]] | None = None) -> None:
+        """Take what arrived; all of it is trained."""
+        del rows
         self._adapter = adapter
+
+    def scores(self) -> Mapping[str, Scores]:
+        """Nothing to choose among."""
+        return {}
 
     def evaluate(self) -> float:
         """Some loss."""

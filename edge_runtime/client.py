@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from edge_runtime import agent, room
+from edge_runtime import agent, room, slicing
 from edge_runtime.errors import (
     DeviceMemoryError,
     EdgeRuntimeError,
@@ -21,10 +21,10 @@ from edge_runtime.errors import (
 from edge_runtime.fetching import Fetching
 from edge_runtime.identity import Identity, hello_of, offline, online, will
 from edge_runtime.keeper import Keeper, Watch
-from edge_runtime.lora.adapter import Adapter, Slot
+from edge_runtime.lora.adapter import Adapter
 from edge_runtime.lora.algebra import cut
 from edge_runtime.state import DeviceState
-from edge_runtime.trainer import AdapterSpec, Delivered, StepReport, Trainer, Training
+from edge_runtime.trainer import AdapterSpec, Delivered, Introduction, StepReport, Trainer, Training
 from edge_runtime.wire import bands, blobs, codec, feedback, topics, update
 from edge_runtime.wire.messages import Band, Directive, Losses, Message, Offer, Rejected, Report, dump, is_absence, load
 from edge_runtime.wire.transport import Delivery, Transport
@@ -75,7 +75,7 @@ class Client:
         outbox = state.outbox
         offer = outbox[0] if outbox else None
         self._state = agent.start(self._name, state.run, offer, state.settled, identity.instance)
-        self._slot: Slot | None = None
+        self._intro: Introduction | None = None
         self._fetching = Fetching(self._fleet, transport, state, watch.clock)
         self._fetched: agent.Fetched | None = None
         self._progress = Progress()
@@ -217,7 +217,7 @@ class Client:
 
     def _introduce(self, spec: AdapterSpec, training: Training) -> agent.Event:
         intro = self._trainer.introduce(spec, training, self._keeper.ceiling, self._keeper.planned)
-        self._slot = intro.slot
+        self._intro = intro
         self._say(f"plan: {intro.plan}")
         # What made the plan smaller is said once, with the plan that it led to.
         why, self._stepped_down = self._stepped_down, ""
@@ -238,19 +238,19 @@ class Client:
         return self._fetched if self._fetching.complete else None
 
     @property
-    def _planned(self) -> Slot:
-        if self._slot is None:
+    def _planned(self) -> Introduction:
+        if self._intro is None:
             raise RejectedError("a directive was obeyed before there was a plan; report this as a bug")
-        return self._slot
+        return self._intro
 
     def _bands(self, directive: Directive) -> list[Band]:
         """The bands that this device holds."""
-        held = max(self._planned.held.values(), default=0)
+        held = max(self._planned.slot.held.values(), default=0)
         return [band for band in directive.bands if band.start < held]
 
     def _received(self, directive: Directive) -> Adapter:
         """The global adapter of a version, as far as this device holds it."""
-        held = self._planned.held
+        held = self._planned.slot.held
         payloads = [self._disk.band(band.blob.sha256) for band in self._bands(directive)]
         whole = bands.join([codec.decode(payload) for payload in payloads if payload is not None])
         return Adapter({name: cut(whole[name], rank) for name, rank in held.items() if rank and name in whole})
@@ -273,8 +273,12 @@ class Client:
         else:
             self._report("evaluating")
             self._evaluate(directive)
+        chosen = slicing.choose(directive, self._planned, received, self._disk, self._trainer.scores)
+        if not chosen.plain:
+            self._trainer.receive(chosen.slices.seen, chosen.slices.rows)
         result = self._trainer.train(directive.training, directive.round, self._step("training"), self._gate)
-        made = update.make(result.change, received, feedback.load(self._disk.owed), self._terms(directive))
+        owed, slices = feedback.load(self._disk.owed), chosen.slices
+        made = update.make(result.change, slices.before, owed, self._terms(directive), slices.directions)
         offer = Offer(
             client=self._name, run=directive.run, round=directive.round, version=directive.version,
             blob=blobs.describe(made.payload, self._chunk_bytes), examples=result.examples,

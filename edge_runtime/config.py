@@ -7,9 +7,7 @@ rooms receive values. Names follow the ecosystem: PEFT's, TrainingArguments', Fl
 from __future__ import annotations
 
 import difflib
-import json
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from edge_runtime import toml
 from edge_runtime.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -111,6 +110,10 @@ class Adapter(Section):
     """Largest rank that a device may train."""
     max_length: Annotated[int, Field(ge=8)] = 128
     """Tokens of an example, at most."""
+    slice: Literal["top", "rotating", "fresh", "personal"] = "top"
+    """Which of the directions that it holds a device trains; see `edge_runtime.lora.slices`."""
+    allocation: Literal["uniform", "spectrum"] = "uniform"
+    """Whether all trained layers have the plan's rank, or share what that takes by the spectrum of what was learnt."""
 
 
 class Aggregator(BaseModel):
@@ -140,6 +143,10 @@ class Training(Section):
     """Learning rate of `b` over that of `a`: LoRA+, arXiv 2402.12354."""
     carry_moments: bool = False
     """Whether a device's optimiser begins a round with the moments of its last one, rotated onto the new factors."""
+    proximal: Annotated[float, Field(ge=0)] = 0.0
+    """Strength of the pull back to what was received: FedProx, on products; see `edge_runtime.train.terms`."""
+    correction: Annotated[float, Field(ge=0)] = 0.0
+    """Strength of the push against a device's own drift: SCAFFOLD's, on products; 1 is all of it."""
     personal_steps: Annotated[int, Field(ge=0)] = 16
     """Steps from the last global adapter to the personal one."""
 
@@ -303,7 +310,7 @@ def dump(config: Config) -> str:
     """The configuration as TOML that `load` reads back, from any folder; keys that are None are left out."""
     lines: list[str] = []
     for section, values in _anchored(config.model_dump(mode="json", exclude_none=True), Path()).items():
-        lines += [f"[{section}]", *(f"{_key(key)} = {_toml(value)}" for key, value in values.items()), ""]
+        lines += [f"[{section}]", *(f"{toml.key(name)} = {toml.value(found)}" for name, found in values.items()), ""]
     return "\n".join(lines)
 
 
@@ -371,23 +378,3 @@ def _unknown(where: Sequence[str]) -> str:
     hint = f" (did you mean '{near[0]}'?)" if near else ""
     what = "section" if section is None else f"key in [{section}]"
     return f"unknown {what} '{key}'{hint}; expected one of: {', '.join(known)}"
-
-
-def _toml(value: Any) -> str:
-    match value:
-        case bool():
-            return "true" if value else "false"
-        case int() | float():
-            return repr(value)
-        case list() | tuple():
-            return "[" + ", ".join(_toml(item) for item in value) + "]"
-        case dict():
-            return "{" + ", ".join(f"{_key(key)} = {_toml(item)}" for key, item in value.items()) + "}"
-        case _:
-            # A TOML basic string escapes as JSON does, but knows no surrogate pairs and takes no raw DEL.
-            return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _key(key: str) -> str:
-    """A key as TOML writes it: bare where it may be."""
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml(key)

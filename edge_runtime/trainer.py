@@ -6,13 +6,14 @@ runs without torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from edge_runtime.lora.adapter import Adapter, Slot
+from edge_runtime.lora.slices import Scores
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -33,13 +34,15 @@ class Training(Model):
     weight_decay: Annotated[Finite, Field(ge=0)]
     max_grad_norm: Annotated[Finite, Field(gt=0)]
     seed: int
-    schedule: Annotated[str, Field(description="how the learning rate falls; see train.loop.SCHEDULES")] = "linear"
+    schedule: Annotated[str, Field(description="how the learning rate falls; see train.schedule.SCHEDULES")] = "linear"
     lora_plus_ratio: Annotated[
         Finite, Field(ge=1, description="learning rate of `b` over that of `a` (LoRA+, arXiv 2402.12354)")
     ] = 1.0
     carry_moments: Annotated[
         bool, Field(description="whether the optimiser begins with the moments of the last round, rotated")
     ] = False
+    proximal: Annotated[Finite, Field(ge=0, description="strength of the pull to what was received")] = 0.0
+    correction: Annotated[Finite, Field(ge=0, description="strength of the push against the device's own drift")] = 0.0
 
 
 class AdapterSpec(Model):
@@ -54,6 +57,8 @@ class AdapterSpec(Model):
     max_length: Annotated[int, Field(ge=8, description="tokens of an example, at most")]
     bits_up: Annotated[Finite, Field(gt=0, description="of a number in an update, before zstd")] = 8.0
     bits_down: Annotated[Finite, Field(gt=0, description="of a number of the global adapter, before zstd")] = 8.0
+    slice: Annotated[str, Field(description="which held directions are trained; see lora.slices")] = "top"
+    allocation: Annotated[str, Field(description="how many of which layer; see lora.allocation")] = "uniform"
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Introduction:
         precision: of its base weights, such as nf4.
         plan: the plan in a few words.
         software: versions that matter.
+        least: numbers that each factor of a trained layer must keep for the plan's memory to suffice, if it has them.
     """
 
     slot: Slot
@@ -77,6 +83,7 @@ class Introduction:
     precision: str
     plan: str
     software: str
+    least: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +136,20 @@ class Trainer(Protocol):
             on_plan: told the plan's predicted peak, in bytes, before anything large is loaded.
         """
 
-    def receive(self, adapter: Adapter) -> None:
-        """Put the global adapter, cut to what the slot holds, into the live model."""
+    def receive(self, adapter: Adapter, rows: Mapping[str, Sequence[int]] | None = None) -> None:
+        """Put the global adapter, cut to what the slot holds, into the live model.
+
+        Args:
+            adapter: every layer of the slot that holds anything, at the rank held.
+            rows: layer → which of its rows are trained, ascending; as many as the slot trains, or another number where
+                the ranks of the layers are shared out anew. The first ones, as many as the slot says, where it is None.
+        """
+
+    def scores(self) -> Mapping[str, Scores]:
+        """Layer → how much each direction of what was received matters to this device's own data.
+
+        Of the layers that the slot trains; see `lora.slices`. Changes nothing.
+        """
 
     def evaluate(self) -> float:
         """Completion loss on the held-out examples, nats per token, with what the live model holds now."""

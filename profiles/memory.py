@@ -81,7 +81,8 @@ PARTS: Mapping[str, str] = {
     "dequantised": "the largest weight that is kept in another type, opened for one product",
     "casts": "what enters and leaves one product, where it is computed in another type than the activations have",
     "held_adapter": "directions that are held and not trained, float32, and what was received of the trained ones",
-    "trained_adapter": "parameter, gradient and two moments of each trained number: 16 bytes, or 10 with 8-bit moments",
+    "trained_adapter": "parameter, gradient and two moments of each trained number: 16 bytes, 10 with 8-bit moments, "
+    "and 4 for each copy that a term beside the loss needs",
     "activations": "kept for the backward pass: of each trained layer its input if it is recomputed, or else all",
     "backward": "one layer in its backward pass: its gradients, and what it recomputes beyond what was given back",
     "logits": "one chunk of the head's output in both types, and the sum of its exponentials",
@@ -108,6 +109,7 @@ class Setting:
         recomputed_layers: with checkpointing, the first so many of the trained layers are recomputed, and the last ones
             keep their activations; None for all of them. Without checkpointing it says nothing.
         optimizer: a name in TRAINED_BYTES.
+        copies: of the trained numbers in float32 that terms beside the loss need.
     """
 
     target_modules: tuple[str, ...]
@@ -123,6 +125,7 @@ class Setting:
     recomputed_layers: int | None = None
     optimizer: str = "adamw"
     product_dtype: str | None = None
+    copies: int = 0
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -140,6 +143,8 @@ class Setting:
             )
         if not 0 < self.rank <= self.held:
             raise ConfigError(f"expected 0 < rank <= held; found rank {self.rank}, held {self.held}")
+        if self.copies < 0:
+            raise ConfigError(f"expected no copy of the trained numbers or some; found {self.copies}")
         counts = (self.layers_trained, self.micro_batch, self.max_length)
         if min(counts) < 1:
             raise ConfigError(f"layers trained, micro-batch and length are at least 1; found {counts}")
@@ -269,7 +274,7 @@ def chunk_tokens(card: ModelCard, setting: Setting) -> int:
 
 
 def _trained_adapter(card: ModelCard, setting: Setting) -> int:
-    plain = trained_numbers(card, setting) * TRAINED_BYTES["adamw"]
+    plain = trained_numbers(card, setting) * (TRAINED_BYTES["adamw"] + setting.copies * FP32_BYTES)
     saved = TRAINED_BYTES["adamw"] - TRAINED_BYTES[setting.optimizer]
     if not saved:
         return int(plain)

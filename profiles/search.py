@@ -326,6 +326,7 @@ def _setting(problem: Problem, precision: str, rank: int, modules: tuple[str, ..
         product_dtype=choices.product_dtypes[-1],
         max_length=length,
         micro_batch=min(choices.micro_batches),
+        copies=problem.task.copies,
     )
 
 

@@ -22,6 +22,7 @@ class Task:
         hold_more: whether a device may hold directions that it does not train.
         bits_up: bits of a number in an update, before it is compressed.
         bits_down: the same for the global adapter.
+        copies: of the trained numbers in float32 that terms beside the loss need; see `profiles.memory.Setting`.
     """
 
     target_modules: tuple[str, ...]
@@ -33,6 +34,7 @@ class Task:
     hold_more: bool = True
     bits_up: float = 8.0
     bits_down: float = 8.0
+    copies: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_rank", "max_held", "max_length", "batch_size"):

@@ -34,6 +34,9 @@ def directive_of(config: Config, state: State, cut: tuple[Band, ...], *, rank: i
     phase = ASKS[state.phase]
     steps = config.training.personal_steps if phase == "finish" else config.training.max_steps
     training = config.training.model_dump(exclude={"personal_steps", "max_steps"})
+    if phase == "finish":
+        # A personal adapter is meant to leave the fleet's.
+        training |= {"proximal": 0.0, "correction": 0.0}
     everybody = config.rounds.fraction_train == 1.0 or phase != "train"
     return Directive(
         fleet=config.fleet.name,

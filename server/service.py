@@ -280,8 +280,8 @@ class Service:
         self._apply(rounds.Refused(offer, refusal))
 
     def _update(self, offer: Offer, payload: bytes) -> Update:
-        change = codec.decode(payload, limit=DECODED * self._config.wire.max_upload_bytes)
-        return update_of(offer, change, self._downlink.received(offer.version))
+        change, directions = codec.decode_slice(payload, limit=DECODED * self._config.wire.max_upload_bytes)
+        return update_of(offer, change, self._downlink.received(offer.version), directions)
 
     def _apply(self, event: rounds.Event, persist: Callable[[str], None] | None = None) -> None:
         before = self._state

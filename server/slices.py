@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from edge_runtime.errors import CorruptPayloadError
-from edge_runtime.lora.adapter import Adapter
-from edge_runtime.lora.algebra import changed, take
+from edge_runtime.lora.adapter import Adapter, Pair
+from edge_runtime.lora.algebra import changed
+from edge_runtime.lora.slices import slice_of
 from edge_runtime.wire.messages import Offer
 from server.aggregators.method import Update
 
+Directions = Mapping[str, tuple[int, ...]]
+"""Layer → numbers of the directions that a change is of (see `edge_runtime.lora.slices`)."""
 
-def update_of(offer: Offer, change: Adapter, sent: Adapter) -> Update:
+
+def update_of(offer: Offer, change: Adapter, sent: Adapter, directions: Directions | None = None) -> Update:
     """What the method merges.
 
-    The slice is read from the update and not from the device's hello: whoever restarts may say hello with another plan
-    while the update of its former one is on its way, or waits for the merge.
+    The slice is read from the update and not from the device's hello, nor from the directive: whoever restarts may say
+    hello with another plan while the update of its former one is on its way, and a fleet may change its policy.
 
     Args:
         offer: the update's.
         change: its payload, decoded.
         sent: the version that the offer names, as devices decoded it.
+        directions: of the change; the first ones where a layer is not named.
 
     Raises:
         CorruptPayloadError: the change is of no slice of that version.
     """
+    received: dict[str, Pair] = {}
     for name, pair in change.items():
         known = sent.layers.get(name)
         if known is None or pair.shape != known.shape or not 0 < pair.rank <= known.rank:
@@ -31,6 +39,11 @@ def update_of(offer: Offer, change: Adapter, sent: Adapter) -> Update:
                 f"layer '{name}' of '{offer.client}': expected {expected}, found {pair.shape} at rank {pair.rank}; "
                 "train from the version that the directive names"
             )
-    received = Adapter({name: take(sent[name], range(pair.rank)) for name, pair in change.items()})
-    trained = Adapter({name: changed(received[name], pair) for name, pair in change.items()})
-    return Update(offer.client, float(offer.examples), received, trained)
+        try:
+            numbers = (directions or {}).get(name, tuple(range(pair.rank)))
+            received[name] = slice_of(name, known, numbers, offer.version)
+        except ValueError as error:
+            raise CorruptPayloadError(f"layer '{name}' of '{offer.client}': {error}") from error
+    before = Adapter(received)
+    trained = Adapter({name: changed(before[name], pair) for name, pair in change.items()})
+    return Update(offer.client, float(offer.examples), before, trained)

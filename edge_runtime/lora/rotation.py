@@ -19,6 +19,9 @@ from edge_runtime.lora.adapter import Matrix, Pair
 
 Square = NDArray[np.float64]
 
+SAME = 0.7
+"""Cosine of a principal angle from which on a direction of one slice counts as one of another."""
+
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
@@ -54,11 +57,48 @@ def align(new: Pair, old: Pair) -> Alignment:
     return Alignment(u @ vt, min(1.0, float(s.sum()) / product) if product else 0.0)
 
 
+def follow(new: Pair, old: Pair) -> Square:
+    """Where the directions of a slice went, if only some of them are in the new one: `align` on what both have.
+
+    A slice that moves loses directions and gains others; a rotation of all onto all would give one's memory to another.
+    The common part is that of the principal angles between the two spans (factors side by side) whose cosine is at
+    least SAME; if that is all of both, the result is the rotation of `align`. Cost as there.
+
+    Args:
+        new: the slice now, of rank r.
+        old: the slice before, of any rank q; of the same shape.
+
+    Returns:
+        (r, q), a partial isometry: orthogonal on the common part, and zero on directions that only one of them has.
+
+    Raises:
+        ValueError: pairs of different shapes.
+    """
+    if new.shape != old.shape:
+        raise ValueError(f"two slices of one layer have equal shapes; found {new.shape} and {old.shape}")
+    if not new.rank or not old.rank:
+        return np.zeros((new.rank, old.rank))
+    (basis, tall), (old_basis, old_tall) = (np.linalg.qr(_beside(pair)) for pair in (new, old))
+    u, cosines, vt = np.linalg.svd(basis.T @ old_basis)
+    common = int(np.count_nonzero(cosines >= SAME))
+    if common == new.rank == old.rank:
+        return align(new, old).rotation
+    shared = (u[:, :common] * cosines[:common]) @ vt[:common]
+    u, _, vt = np.linalg.svd(tall.T @ shared @ old_tall)
+    followed: Square = u[:, :common] @ vt[:common]
+    return followed
+
+
+def _beside(pair: Pair) -> Square:
+    """(d_in + d_out, r): the factors of each direction as one column."""
+    return np.concatenate([pair.a.T, pair.b]).astype(np.float64)
+
+
 def rotate_rows(rotation: Square, values: Matrix) -> Matrix:
     """What the rotation makes of a gradient, or a mean of gradients, of `a`: R m. Of `b`, pass and take back m.T.
 
     Args:
-        rotation: (r, r).
+        rotation: (r, r), or what `follow` found.
         values: (r, d).
     """
     rotated: Matrix = (rotation @ values.astype(np.float64)).astype(np.float32)

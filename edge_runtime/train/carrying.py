@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from edge_runtime.lora.adapter import Matrix, Pair
-from edge_runtime.lora.rotation import Square, align, rotate_row_squares, rotate_rows
+from edge_runtime.lora.rotation import Square, align, follow, rotate_row_squares, rotate_rows
 from edge_runtime.train import optimizer
 from edge_runtime.train.optimizer import Array, Entries, Moments
 from edge_runtime.train.resume import RoundState
@@ -69,8 +69,9 @@ def carried(last: RoundState, parameters: Mapping[str, Matrix], name: str) -> Ca
 def _rotation(last: RoundState, parameters: Mapping[str, Matrix], a: str, b: str) -> Square | None:
     if any(name not in last.parameters or last.parameters[name].shape != parameters[name].shape for name in (a, b)):
         return None
-    found = align(Pair(parameters[a], parameters[b]), Pair(last.parameters[a], last.parameters[b]))
-    return found.rotation if found.cosine >= LEAST_COSINE else None
+    now, before = Pair(parameters[a], parameters[b]), Pair(last.parameters[a], last.parameters[b])
+    # A slice that moved by some of its directions: those begin without a memory, and the others keep theirs.
+    return follow(now, before) if align(now, before).cosine >= LEAST_COSINE else None
 
 
 def _rotated(rotation: Square, moments: Moments) -> Moments:

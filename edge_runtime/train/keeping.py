@@ -13,16 +13,20 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edge_runtime.lora.adapter import Matrix
 from edge_runtime.train import round_file
 from edge_runtime.train.carrying import carried
+from edge_runtime.train.optimizer import Array
 from edge_runtime.train.resume import RoundState
 
 IN_PROGRESS = "round.safetensors"
 FINISHED = "last-round.safetensors"
+
+Beside = Callable[[RoundState, int], Mapping[str, Array]]
+"""(the end of an earlier round, rounds from that one to this) → what stands beside the new round's state."""
 
 
 @dataclass(frozen=True)
@@ -90,23 +94,32 @@ class KeptRounds:
         self._labels: Mapping[str, str] = {}
         self._steps, self._since = 0, 0.0
         self._finished = self._carry = False
+        self._number = 0
 
-    def begin(self, name: RoundName, parameters: Callable[[], dict[str, Matrix]], *, carry: bool) -> RoundState | None:
-        """What a round begins with: its own state, else the moments of the last one, else nothing.
+    def begin(
+        self,
+        name: RoundName,
+        parameters: Callable[[], dict[str, Matrix]],
+        *,
+        carry: bool,
+        beside: Beside | None = None,
+    ) -> RoundState | None:
+        """What a round begins with: its own state, else what it takes over from the last one, else nothing.
 
         Args:
             name: the round.
             parameters: gives copies of those that are trained, as they are now.
             carry: whether moments of an earlier round are wanted.
+            beside: makes what shall stand beside the new round's state from an earlier one; None where nothing shall.
         """
-        self._carry = carry
+        self._carry = carry or beside is not None
         start = self._result_of(name)
         self._finished = start is not None
         if start is None:
-            before = self._before(name) if carry else ""
+            before = self._before(name) if self._carry else ""
             full = key_of(name.key, before)
             self._labels = {"key": name.key, "full": full, "lineage": name.lineage, "round": str(name.number)}
-            start = self._resumed(full) or (self._carried(name, parameters) if before else None)
+            start = self._resumed(full) or (self._following(name, parameters, carry, beside) if before else None)
         self._interrupted = None  # used up, or of no more use
         self._wrote()
         return start
@@ -176,6 +189,7 @@ class KeptRounds:
                 self._say(found.problem)
         # A fleet that began anew counts from 1 again: what was learned of another life is not carried over.
         earlier = bool(labels) and labels.get("lineage") == name.lineage and int(labels["round"]) < name.number
+        self._number = int(labels["round"]) if earlier else 0
         return labels["full"] if earlier else ""
 
     def _resumed(self, full: str) -> RoundState | None:
@@ -196,13 +210,19 @@ class KeptRounds:
             return self._told(round_file.read(path))
         return None
 
-    def _carried(self, name: RoundName, parameters: Callable[[], dict[str, Matrix]]) -> RoundState | None:
+    def _following(
+        self, name: RoundName, parameters: Callable[[], dict[str, Matrix]], carry: bool, beside: Beside | None
+    ) -> RoundState | None:
+        """The beginning of a round that takes something over from the last one."""
         last = self._last.state if self._last else self._told(round_file.read(self._path(FINISHED)))
         if last is None:
             return None
-        found = carried(last, parameters(), name.optimizer)
-        self._say(f"the optimiser remembers the last round in {found.kept} of {found.layers} layers")
-        return found.start
+        start = RoundState((), parameters(), {}, 0)
+        if carry:
+            found = carried(last, start.parameters, name.optimizer)
+            self._say(f"the optimiser remembers the last round in {found.kept} of {found.layers} layers")
+            start = found.start
+        return start if beside is None else replace(start, beside=beside(last, name.number - self._number))
 
     def _told(self, found: tuple[RoundState | None, str]) -> RoundState | None:
         state, problem = found

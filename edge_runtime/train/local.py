@@ -12,10 +12,12 @@ from pathlib import Path
 
 import torch
 
-from edge_runtime.errors import DataError, DeviceMemoryError, RoundError, unknown_name
-from edge_runtime.lora.adapter import Adapter, Matrix, Pair, Slot
-from edge_runtime.lora.algebra import change, take
-from edge_runtime.train import data, heap, loop, prepared, resume
+from edge_runtime.errors import DataError, DeviceMemoryError
+from edge_runtime.lora.adapter import Adapter, Matrix, Slot
+from edge_runtime.lora.algebra import change
+from edge_runtime.lora.slices import Scores
+from edge_runtime.train import data, drift, heap, loop, prepared, resume
+from edge_runtime.train.alignment import scores
 from edge_runtime.train.base import LoadedBase, load, prepare
 from edge_runtime.train.bounds import bound_primitive_cache
 from edge_runtime.train.exhaustion import bearing
@@ -23,9 +25,13 @@ from edge_runtime.train.families import get
 from edge_runtime.train.footprint import Footprint
 from edge_runtime.train.keeping import Keeping, KeptRounds, RoundName, key_of
 from edge_runtime.train.live import LiveModel
+from edge_runtime.train.optimizer import LEAST_8BIT, Array
 from edge_runtime.train.planning import Owner, choose, in_words, slot_of
+from edge_runtime.train.receiving import Received, fitted, receive, slot_for
 from edge_runtime.train.reporting import SILENT, Reporting, Reports, Subject
 from edge_runtime.train.source import resolve
+from edge_runtime.train.tasks import same_model, same_numbers, task_of
+from edge_runtime.train.terms import Term, proximal, push
 from edge_runtime.train.token_cache import in_words as told_of
 from edge_runtime.train.token_cache import tokens_of
 from edge_runtime.train.vocabulary import check_vocabulary
@@ -85,14 +91,6 @@ class Ready:
     """A digest of the examples to train on, in their order."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Received:
-    """The trained slice of a global adapter as it was before training, and the whole adapter's digest."""
-
-    before: Mapping[str, Pair]
-    digest: str
-
-
 class LocalTrainer:
     """Implements `edge_runtime.trainer.Trainer` with torch.
 
@@ -107,7 +105,7 @@ class LocalTrainer:
         self._settings, self._say = settings, say
         self._profile: DeviceProfile | None = None
         self._ready: Ready | None = None
-        self._received: _Received | None = None
+        self._received: Received | None = None
         self._kept = KeptRounds(settings.keeping, say)
         self._footprint = Footprint()
         self.reports = Reports(settings.reporting, say)
@@ -159,7 +157,7 @@ class LocalTrainer:
         on_plan(chosen.predicted_peak_bytes)
         self._say(f"{profile.cpu_model}: {profile.reasons['memory_bearable_bytes']}")
         slot = slot_of(chosen, card, spec)
-        if before is not None and _same_model(before.plan, chosen) and before.slot == slot:
+        if before is not None and same_model(before.plan, chosen) and before.slot == slot:
             self._ready = replace(before, plan=chosen, ceiling=ceiling)
             heap.release()
             self._footprint.begin()
@@ -240,18 +238,31 @@ class LocalTrainer:
             device=f"{profile.name}: {profile.cpu_model}, {profile.usable_cores} cores" if profile else platform.node(),
             precision=ready.plan.precision,
             plan=in_words(ready.plan, ready.card, ready.spec),
+            least=LEAST_8BIT if ready.plan.optimizer == "adamw_8bit" else 1,
             software=f"python {platform.python_version()}, " + ", ".join(f"{n} {v}" for n, v in versions.items()),
         )
 
-    def receive(self, adapter: Adapter) -> None:
-        """Put the global adapter, cut to what the slot holds, into the live model."""
-        live = self.ready.live
+    def receive(self, adapter: Adapter, rows: Mapping[str, Sequence[int]] | None = None) -> None:
+        """Put the global adapter, cut to what the slot holds, into the live model; its rows to train, if not the first.
+
+        Raises:
+            RoundError: it does not fit the slot.
+        """
+        ready, family = self.ready, get(self.ready.spec.family)
         with bearing("putting the global adapter into the model"):
-            get(self.ready.spec.family).load(live, adapter)
-            # Of all that was received, the slice alone is needed again: the rest lives in the model.
-            before = {name: take(adapter[name], directions) for name, directions in live.directions.items()}
-            self._received = _Received(before, adapter.digest())
+            live = fitted(ready.live, family, slot_for(ready.slot, rows))
+            self._ready = replace(ready, live=live)
+            self._received = receive(live, family, adapter, rows)
         self.reports.received()
+
+    def scores(self) -> dict[str, Scores]:
+        """How much each direction of what was received matters to this device's examples, layer by layer."""
+        ready = self.ready
+        one = Training(
+            max_steps=1, learning_rate=1.0, batch_size=ready.plan.micro_batch * ready.plan.gradient_accumulation_steps,
+            warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, seed=0,
+        )  # fmt: skip
+        return scores(ready.live, ready.train, task_of(one, 0, ready.plan, ready.spec.family))
 
     def evaluate(self) -> float:
         """Mean completion loss on the held-out examples, nats per token."""
@@ -282,7 +293,7 @@ class LocalTrainer:
         ready, received, kept = self.ready, self._received, self._kept
         if received is None:
             raise DataError("nothing was received yet; receive() comes first")
-        task = _task(training, round_number, ready)
+        task = task_of(training, round_number, ready.plan, ready.spec.family)
 
         def stepped(at: resume.StepReport) -> None:
             on_step(StepReport(at.step, at.steps, at.loss))
@@ -294,15 +305,17 @@ class LocalTrainer:
             return gate()
 
         with bearing("training"):
+            start = self._start(training, round_number, received)
             try:
                 result = loop.train_round(
                     ready.live,
                     ready.train,
                     task,
-                    start=self._start(training, round_number, received),
+                    start=start,
                     on_step=stepped,
                     should_stop=asked,
                     keep=kept.stepped,
+                    terms=self._terms(training, received, start),
                 )
             except resume.NotFiniteError as error:
                 if error.state is not None:
@@ -314,27 +327,48 @@ class LocalTrainer:
             raise DeviceMemoryError(result.failure)
         if not result.finished:
             raise KeyboardInterrupt
+        family = get(ready.spec.family)
+        if training.correction:
+            known = drift.record(family.read_all(ready.live), received.before, received.rows)
+            result = replace(result, state=replace(result.state, beside={**result.state.beside, **known}))
         kept.finished(result.state)
-        trained = get(ready.spec.family).read_trained(ready.live)
+        trained = family.read_trained(ready.live)
         moved = {name: change(pair, received.before[name]) for name, pair in trained.items()}
         return LocalResult(Adapter(moved), result.examples, result.loss_first, result.loss_last)
 
-    def _start(self, training: Training, round_number: int, received: _Received) -> resume.RoundState | None:
+    def _start(self, training: Training, round_number: int, received: Received) -> resume.RoundState | None:
         """What the round begins with; None for the adapter that was received, and nothing more."""
         ready, base = self.ready, self.ready.base.prepared.fingerprint
         optimizer = ready.plan.optimizer  # moments of one kind mean nothing to the other
         of_model = (base, ready.spec.family, optimizer)
-        key = key_of(training, round_number, received.digest, ready.slot, _same(ready.plan), of_model, ready.data)
-        trainable = get(ready.spec.family).trainable
+        of_round = (training, round_number, received.digest, ready.live.slot, received.rows)
+        key = key_of(*of_round, same_numbers(ready.plan), of_model, ready.data)
+        family = get(ready.spec.family)
 
         def parameters() -> dict[str, Matrix]:
-            return {name: p.detach().cpu().numpy().copy() for name, p in trainable(ready.live).items()}
+            return {name: p.detach().cpu().numpy().copy() for name, p in family.trainable(ready.live).items()}
 
         name = RoundName(round_number, key, key_of(of_model), optimizer)
-        start = self._kept.begin(name, parameters, carry=training.carry_moments)
+
+        def pushed(last: resume.RoundState, rounds: int) -> Mapping[str, Array]:
+            held = family.read_all(ready.live)
+            return drift.drift_of(last, rounds, held, ready.live.scaling, training.correction)
+
+        beside = pushed if training.correction else None
+        start = self._kept.begin(name, parameters, carry=training.carry_moments, beside=beside)
         if start is not None and start.reports:
             self._say(f"going on after step {len(start.reports)} of {training.max_steps}")
         return start
+
+    def _terms(self, training: Training, received: Received, start: resume.RoundState | None) -> list[Term]:
+        """What holds the device near its fleet, beside the loss."""
+        found, scaling = [], self.ready.live.scaling
+        if training.proximal:
+            found.append(proximal(received.before, training.proximal, scaling))
+        direction = drift.pushes(start.beside) if start is not None else {}
+        if training.correction and direction:
+            found.append(push(direction, training.correction, scaling))
+        return found
 
     def _check_footprint(self, step: int) -> None:
         """Compare the peak since the plan was made with what the device can bear, before the kernel does.
@@ -362,36 +396,3 @@ class LocalTrainer:
     def personal(self) -> Adapter:
         """All that the live model holds now, the trained slice included: this device's own adapter."""
         return get(self.ready.spec.family).read_all(self.ready.live)
-
-
-def _same(chosen: Plan) -> tuple[object, ...]:
-    """What two plans must share for a round to go on from one to the other: what is computed, not how it is cut."""
-    return (chosen.precision, chosen.compute_dtype, chosen.product_dtype, chosen.max_length)
-
-
-def _same_model(one: Plan, other: Plan) -> bool:
-    return (_same(one), one.threads) == (_same(other), other.threads)
-
-
-def _task(training: Training, round_number: int, ready: Ready) -> loop.LocalTask:
-    if training.schedule not in loop.SCHEDULES:
-        raise RoundError(unknown_name("schedule", training.schedule, loop.SCHEDULES) + "; update this device")
-    chosen = ready.plan
-    return loop.LocalTask(
-        steps=training.max_steps,
-        learning_rate=training.learning_rate,
-        pack_tokens=chosen.micro_batch * chosen.max_length,
-        micro_batch=chosen.micro_batch,
-        gradient_accumulation_steps=-(-training.batch_size // chosen.micro_batch),
-        warmup_steps=training.warmup_steps,
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        # Another order of the examples in each round, the same in each repetition of the run.
-        seed=training.seed * 10_007 + round_number,
-        gradient_checkpointing=chosen.gradient_checkpointing,
-        recomputed_layers=chosen.recomputed_layers,
-        schedule=training.schedule,
-        optimizer=chosen.optimizer,
-        lora_plus_ratio=training.lora_plus_ratio,
-        family=ready.spec.family,
-    )

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 
 from edge_runtime.errors import DataError, DeviceMemoryError, RoundError, unknown_name
-from edge_runtime.train import families, heap, optimizer
+from edge_runtime.train import families, gradients, heap, optimizer
 from edge_runtime.train.batches import Packed, pack_together
 from edge_runtime.train.checkpointing import checkpointing, decoder_layers, for_memory
-from edge_runtime.train.culprit import first_bad_gradient, first_bad_output
+from edge_runtime.train.culprit import first_bad_output
 from edge_runtime.train.data import Tokenised, batch_at
 from edge_runtime.train.exhaustion import bearing
 from edge_runtime.train.lean import lean
@@ -26,13 +26,8 @@ from edge_runtime.train.live import LiveModel
 from edge_runtime.train.loss import SummedLoss, completion_loss, unwrap
 from edge_runtime.train.packing import pack
 from edge_runtime.train.resume import NotFiniteError, RoundState, StepReport, capture, restore
-
-# The share of the learning rate that is left, by the share of the round (after its warm-up) that is done, in [0, 1).
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda _: 1.0,
-    "linear": lambda done: 1.0 - done,
-    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
-}
+from edge_runtime.train.schedule import SCHEDULES, rate_at
+from edge_runtime.train.terms import Term
 
 
 @dataclass(frozen=True)
@@ -142,6 +137,7 @@ class _Run(NamedTuple):
     parameters: Mapping[str, torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     should_stop: Callable[[], bool] | None
+    terms: Sequence[Term]
 
 
 class _Stopped(Exception):  # noqa: N818 - a signal between two functions of this module, not an error
@@ -154,13 +150,11 @@ class _HalfUpdated(Exception):  # noqa: N818 - as above
 
 def learning_rate_at(task: LocalTask, step: int) -> float:
     """The learning rate of a step, counted from 0: a linear rise, then the task's schedule. Never zero."""
-    if step < task.warmup_steps:
-        return task.learning_rate * (step + 1) / (task.warmup_steps + 1)
-    done = (step - task.warmup_steps) / max(1, task.steps - task.warmup_steps)
-    return task.learning_rate * SCHEDULES[task.schedule](done)
+    share = rate_at(step, steps=task.steps, warmup_steps=task.warmup_steps, schedule=task.schedule)
+    return task.learning_rate * share
 
 
-def train_round(
+def train_round(  # noqa: PLR0913 - what a round begins with, and who is told or asked while it lasts
     live: LiveModel,
     examples: Sequence[Tokenised],
     task: LocalTask,
@@ -169,6 +163,7 @@ def train_round(
     on_step: Callable[[StepReport], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     keep: Callable[[Callable[[], RoundState]], None] | None = None,
+    terms: Sequence[Term] = (),
 ) -> TrainResult:
     """Train the slice of a live model, in place.
 
@@ -184,6 +179,7 @@ def train_round(
             that pauses waits in it, and the round goes on as if nothing had happened. It may raise as `on_step` may.
         keep: called after each optimiser step, before `on_step`, with a function that gives the state as views: good
             until `keep` returns, and without memory of its own on a CPU. Whoever keeps states on disk calls it.
+        terms: beside the loss; an interrupted round goes on with the same ones.
 
     Raises:
         DeviceMemoryError: memory ran out in the middle of an update: the round can only begin anew.
@@ -198,19 +194,20 @@ def train_round(
     parameters = families.get(task.family).trainable(live)
     if not parameters:
         raise RoundError("this device's slot trains no layer; expected at least one, or no call for training")
-    run = _Run(live, task, parameters, _optimizer(task, parameters), should_stop)
+    run = _Run(live, task, parameters, _optimizer(task, parameters), should_stop, terms)
     reports: list[StepReport] = []
+    beside = start.beside if start is not None else {}
     if start is not None:
         reports.extend(start.reports)
         restore(parameters, run.optimizer, start)
     finished, failure, broken = True, "", None
     try:
-        with _training_mode(live, task):
+        with training_mode(live, task):
             for step in range(len(reports), task.steps):
                 batch = [examples[index] for index in _indices(len(examples), task, step)]
                 reports.append(_step(run, batch, step))
                 if keep is not None:
-                    keep(lambda: capture(parameters, run.optimizer, tuple(reports), copy=False))
+                    keep(lambda: capture(parameters, run.optimizer, tuple(reports), beside=beside, copy=False))
                 if on_step is not None:
                     on_step(reports[-1])
     except _Stopped:
@@ -223,7 +220,7 @@ def train_round(
         broken = str(error)
     run.optimizer.zero_grad(set_to_none=True)
     # Nobody moves the moments again, so they are handed over; the parameters live on in the model.
-    state = capture(parameters, run.optimizer, tuple(reports), copy=False)
+    state = capture(parameters, run.optimizer, tuple(reports), beside=beside, copy=False)
     state = replace(state, parameters={name: value.copy() for name, value in state.parameters.items()})
     if broken is not None:
         raise NotFiniteError(broken, state)
@@ -295,10 +292,10 @@ def _step(run: _Run, batch: Sequence[Tokenised], step: int) -> StepReport:
             raise _Stopped
         with bearing(f"step {step + 1} passed {len(members)} examples through the model"):
             loss += _accumulate(run.live, [batch[member] for member in members], tokens, step)
-    gradient_norm = _clip(run, step)
+    norms = gradients.finish(run.live.model, run.parameters, run.terms, task.max_grad_norm, step)
     rate = learning_rate_at(task, step)
     _update(run.optimizer, rate, step)
-    return StepReport(step + 1, task.steps, loss, tokens, rate, gradient_norm)
+    return StepReport(step + 1, task.steps, loss, tokens, rate, norms.total, norms.loss)
 
 
 def _update(updating: torch.optim.Optimizer, rate: float, step: int) -> None:
@@ -334,30 +331,8 @@ def _loss(live: LiveModel, row: Packed) -> SummedLoss:
     return completion_loss(live.model, row.input_ids, row.labels, row.position_ids, row.lengths)
 
 
-def _clip(run: _Run, step: int) -> float:
-    parameters = run.parameters
-    # bitsandbytes can lose gradients without a word (its packed CPU kernels have no backward); AdamW would then skip
-    # the parameters and the round would end as it began.
-    lost = [name for name, parameter in parameters.items() if parameter.grad is None]
-    if lost:
-        raise RoundError(
-            f"step {step + 1}: expected a gradient for each of {len(parameters)} parameters, none for {len(lost)} "
-            f"({lost[0]}, …); the base model's kernels cut the backward pass: load it without 4-bit weights"
-        )
-    norms = optimizer.gradient_norms(parameters)
-    total = math.hypot(*norms.values())
-    if not math.isfinite(total):
-        where = first_bad_gradient(run.live.model, norms, parameters)
-        raise NotFiniteError(
-            f"step {step + 1}: expected a finite gradient, found norm {total}, first in that of '{where}'; "
-            "lower learning_rate, or compute in float32"
-        )
-    optimizer.clip(parameters, total, run.task.max_grad_norm)
-    return total
-
-
 @contextmanager
-def _training_mode(live: LiveModel, task: LocalTask) -> Iterator[None]:
+def training_mode(live: LiveModel, task: LocalTask) -> Iterator[None]:
     """Training mode, checkpointing and a random state of its own; all as before when the context ends."""
     causal = unwrap(live.model)
     was_training = live.model.training

@@ -69,6 +69,8 @@ def choose(
         hold_more=spec.hold_more,
         bits_up=spec.bits_up,
         bits_down=spec.bits_down,
+        # What was received of the trained slice is held in any case, but not on a card.
+        copies=bool(training.correction) + (bool(training.proximal) and profile.pool != "host"),
     )
     memory = ceiling
     if ceiling is not None and "memory_bearable_bytes" not in profile.unreadable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,8 @@ class StepReport:
         loss: mean over the step's completion tokens, before the step, in nats.
         tokens: completion tokens of the step.
         learning_rate: of this step.
-        gradient_norm: before clipping.
+        gradient_norm: before clipping, with all terms beside the loss.
+        loss_gradient_norm: the same of the loss alone; 0 where an older version did not note it.
     """
 
     step: int
@@ -33,6 +34,7 @@ class StepReport:
     tokens: int
     learning_rate: float
     gradient_norm: float
+    loss_gradient_norm: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +52,7 @@ class RoundState:
             parameters share, such as the values of 8-bit codes, are one object here as well.
         position: optimiser steps whose batches were drawn.
         rng: torch's CPU random state (`torch.get_rng_state()`) as bytes; empty where each step is seeded.
+        beside: what the terms beside the loss need to go on, by name (see `drift`); the loop only hands it on.
     """
 
     reports: tuple[StepReport, ...]
@@ -57,6 +60,7 @@ class RoundState:
     moments: dict[str, dict[str, Array]]
     position: int
     rng: bytes = b""
+    beside: Mapping[str, Array] = field(default_factory=dict)
 
 
 class NotFiniteError(RoundError):
@@ -79,6 +83,7 @@ def capture(
     reports: tuple[StepReport, ...],
     *,
     rng: bytes = b"",
+    beside: Mapping[str, Array] | None = None,
     copy: bool = True,
 ) -> RoundState:
     """The state of a round.
@@ -88,6 +93,7 @@ def capture(
         optimizer: over these parameters.
         reports: one for each step done.
         rng: see RoundState.
+        beside: likewise; no step changes it.
         copy: whether later steps must not touch the state. Without, it takes no memory of its own on a CPU, and is good
             only until the next step.
     """
@@ -111,6 +117,7 @@ def capture(
         },
         position=len(reports),
         rng=rng,
+        beside=beside or {},
     )
 
 

@@ -131,6 +131,7 @@ def _indexed(state: RoundState) -> tuple[dict[str, Any], dict[str, Array]]:
             for name, held in state.moments.items()
         },
         "rng": named("rng", np.frombuffer(state.rng, np.uint8)),
+        "beside": {name: named(f"beside/{name}", values) for name, values in state.beside.items()},
     }
     return index, tensors
 
@@ -142,6 +143,7 @@ def _assembled(index: Mapping[str, Any], tensors: Mapping[str, Array]) -> RoundS
         moments={name: {entry: tensors[at] for entry, at in held.items()} for name, held in index["moments"].items()},
         position=int(index["position"]),
         rng=tensors[index["rng"]].tobytes(),
+        beside={name: tensors[at] for name, at in index.get("beside", {}).items()},
     )
 
 

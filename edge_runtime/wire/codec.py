@@ -12,7 +12,7 @@ has, bit for bit. The server subtracts that, not what it meant to send, and erro
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import safetensors
@@ -73,16 +73,24 @@ def codec(name: str) -> Codec:
         raise UnknownCodecError(unknown_name("codec", name, CODECS)) from None
 
 
-def encode(adapter: Adapter, how: str | tuple[Layer, ...]) -> bytes:
+def encode(
+    adapter: Adapter, how: str | tuple[Layer, ...], directions: Mapping[str, Sequence[int]] | None = None
+) -> bytes:
     """An adapter as a blob: packed by the codec of that name, or as a layout says.
 
     The same adapter and codec give the same bytes.
+
+    Args:
+        adapter: what is packed.
+        how: by which codec, or codecs.
+        directions: of a slice, layer → the numbers of its directions; the first ones where a layer is not named.
 
     Raises:
         UnknownCodecError: no such codec.
         WireError: a value that the codec cannot hold, NaN and infinity among them.
     """
     layers = layout.uniform(adapter.shapes, adapter.ranks, how) if isinstance(how, str) else how
+    layers = layout.sliced(layers, directions or {})
     if isinstance(how, str):
         codec(how)  # an adapter without layers asks for none
     streams: dict[str, list[NDArray[np.generic]]] = {}
@@ -96,7 +104,12 @@ def encode(adapter: Adapter, how: str | tuple[Layer, ...]) -> bytes:
 
 
 def decode(blob: bytes, limit: int = MAX_DECODED_BYTES) -> Adapter:
-    """The adapter in a blob, as its layout says.
+    """The adapter in a blob, as its layout says; `decode_slice` without the numbers of the directions."""
+    return decode_slice(blob, limit)[0]
+
+
+def decode_slice(blob: bytes, limit: int = MAX_DECODED_BYTES) -> tuple[Adapter, dict[str, tuple[int, ...]]]:
+    """The adapter in a blob, and of each layer the numbers of its directions: of what a slice is a change.
 
     Raises:
         TooLargeError: the blob declares, or its layout describes, more than `limit` bytes; nothing was decompressed, or
@@ -118,7 +131,7 @@ def decode(blob: bytes, limit: int = MAX_DECODED_BYTES) -> Adapter:
     at = dict.fromkeys(streams, 0)
     for batch in batches:
         _scatter(_unpacked(batch, streams, at), batch, pairs)
-    return Adapter(pairs)
+    return Adapter(pairs), {x.name: x.directions for x in layers}
 
 
 def estimate(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], name: str) -> int:

@@ -1,20 +1,25 @@
 """The layout of a blob: which layers are in it, how large they are, and which codec packed which directions.
 
 Both factors of a layer are directions one after the other, `a` by its rows and `b` by its columns, and a run says that
-the next so many are packed by one codec. The layout is the only thing in a blob that says how much memory it takes, so
-it is bounded here, before anything is allocated.
+the next so many are packed by one codec. An update of a slice that is not the first directions of what the device holds
+says by ranges of numbers which ones they are. The layout is the only thing in a blob that says how much memory it
+takes, so it is bounded here, before anything is allocated.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 
 from edge_runtime.errors import CorruptPayloadError, TooLargeError
 
 Runs = tuple[tuple[str, int], ...]
 """Codec and number of directions, in order."""
+
+Ranges = tuple[tuple[int, int], ...]
+"""Half-open ranges of direction numbers, ascending, none of which touches the next."""
 
 MAX_LAYERS = 65_536
 MAX_SIDE = 1 << 31
@@ -32,6 +37,7 @@ class Layer:
         d_in: columns of its weight.
         a: how the rows of `a` are packed.
         b: how the columns of `b` are packed.
+        slice: the numbers of its directions (see `lora.slices`); empty where they are the first ones.
     """
 
     name: str
@@ -39,11 +45,17 @@ class Layer:
     d_in: int
     a: Runs
     b: Runs
+    slice: Ranges = ()
 
     @property
     def rank(self) -> int:
         """Directions of either factor."""
         return sum(count for _, count in self.a)
+
+    @property
+    def directions(self) -> tuple[int, ...]:
+        """The numbers of its directions, as many as its rank, ascending."""
+        return tuple(chain.from_iterable(range(*part) for part in self.slice or ((0, self.rank),)))
 
 
 @dataclass(frozen=True)
@@ -112,8 +124,36 @@ def _strips(layers: tuple[Layer, ...]) -> Iterator[Strip]:
 
 
 def dump(layers: tuple[Layer, ...]) -> str:
-    """The layout as compact JSON: `[name, d_out, d_in, a, b]` for each layer, a run as codec and number."""
-    return json.dumps([[x.name, x.d_out, x.d_in, x.a, x.b] for x in layers], separators=(",", ":"))
+    """The layout as compact JSON: `[name, d_out, d_in, a, b]` for each layer, a run as codec and number.
+
+    A layer whose directions are not the first ones has their ranges as a sixth entry.
+    """
+    rows = [[x.name, x.d_out, x.d_in, x.a, x.b, *([x.slice] if x.slice else [])] for x in layers]
+    return json.dumps(rows, separators=(",", ":"))
+
+
+def sliced(layers: tuple[Layer, ...], directions: Mapping[str, Sequence[int]]) -> tuple[Layer, ...]:
+    """The layout with the numbers of the directions of each layer that is named; the others have their first ones.
+
+    Raises:
+        ValueError: numbers that do not ascend, or another count of them than the layer has directions.
+    """
+    return tuple(replace(x, slice=_ranges(x, directions[x.name])) if x.name in directions else x for x in layers)
+
+
+def _ranges(layer: Layer, directions: Sequence[int]) -> Ranges:
+    numbers = list(directions)
+    if len(numbers) != layer.rank or any(b <= a for a, b in pairwise((-1, *numbers))):
+        raise ValueError(
+            f"layer '{layer.name}': expected {layer.rank} ascending numbers of directions; found {numbers[:16]}"
+        )
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and found[-1][1] == number:
+            found[-1] = found[-1][0], number + 1
+        else:
+            found.append((number, number + 1))
+    return () if numbers == list(range(layer.rank)) else tuple(found)
 
 
 def load(found: object, limit: int) -> tuple[Layer, ...]:
@@ -136,12 +176,28 @@ def load(found: object, limit: int) -> tuple[Layer, ...]:
 
 def _layer(row: object) -> Layer:
     match row:
-        case [str(name), int(d_out), int(d_in), list(a), list(b)] if name and ":" not in name:
-            layer = Layer(name, d_out, d_in, _runs(a), _runs(b))
+        case [str(name), int(d_out), int(d_in), list(a), list(b), *rest] if name and ":" not in name and len(rest) < 2:
+            layer = Layer(name, d_out, d_in, _runs(a), _runs(b), _slice(rest[0]) if rest else ())
             ranks = {sum(count for _, count in runs) for runs in (layer.a, layer.b)}
+            if layer.slice:
+                ranks.add(sum(stop - start for start, stop in layer.slice))
             if all(0 < side <= MAX_SIDE for side in (d_out, d_in)) and len(ranks) == 1 and max(ranks) <= MAX_SIDE:
                 return layer
-    raise _corrupt("[name, d_out, d_in, runs of a, as many directions in runs of b]", row)
+    raise _corrupt("[name, d_out, d_in, runs of a, as many directions in runs of b, and in ranges, if there are]", row)
+
+
+def _slice(found: object) -> Ranges:
+    """Ranges that ascend and do not touch: one way only to write the same directions."""
+    ranges: list[tuple[int, int]] = []
+    for part in found if isinstance(found, list) else ():
+        match part:
+            case [int(start), int(stop)] if (ranges[-1][1] if ranges else -1) < start < stop <= MAX_SIDE:
+                ranges.append((start, stop))
+            case _:
+                raise _corrupt("ranges of directions that ascend", part)
+    if not ranges or (len(ranges) == 1 and not ranges[0][0]):
+        raise _corrupt("ranges of directions that are not the first ones", found)
+    return tuple(ranges)
 
 
 def _runs(found: list[object]) -> Runs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edge_runtime.errors import UnknownCodecError
@@ -54,47 +55,68 @@ class Made:
     how: str
 
 
-def make(change: Adapter, received: Adapter, owed: Residual, terms: Terms) -> Made:
+def make(
+    change: Adapter,
+    received: Adapter,
+    owed: Residual,
+    terms: Terms,
+    directions: Mapping[str, tuple[int, ...]] | None = None,
+) -> Made:
     """An update of this change of the slice received.
 
     Args:
         change: factor-wise change of the trained slice.
-        received: what this device holds; of each layer, its first directions are the slice.
+        received: the slice before training, or what this device holds, if its first directions are the slice.
         owed: what former updates did not deliver.
         terms: what is asked for.
+        directions: layer → the numbers of the slice's directions; the first ones where a layer is not named.
 
     Raises:
         WireError: the change holds NaN, infinity, or a number that the codec cannot.
         UnknownCodecError: a codec that this version does not have.
     """
+    numbers = directions or {}
     trained = Adapter({name: take(received[name], range(pair.rank)) for name, pair in change.items()})
-    wanted = feedback.wanted(change, trained, owed) if terms.error_feedback else change
-    payload, how = _fitting(wanted, trained, terms) if terms.codec == AUTO else (codec.encode(wanted, terms.codec), "")
+    wanted = feedback.wanted(change, trained, owed, numbers) if terms.error_feedback else change
+    payload, how = _packed(wanted, trained, terms, numbers)
     sent = codec.decode(payload)
-    residual = feedback.left(wanted, sent, trained) if terms.error_feedback else feedback.NONE
+    residual = feedback.left(wanted, sent, trained, numbers) if terms.error_feedback else feedback.NONE
     return Made(payload, sent, residual, f"{terms.codec} ({how})" if how else terms.codec)
 
 
-def _fitting(wanted: Adapter, received: Adapter, terms: Terms) -> tuple[bytes, str]:
+def _packed(
+    wanted: Adapter, received: Adapter, terms: Terms, directions: Mapping[str, tuple[int, ...]]
+) -> tuple[bytes, str]:
+    """The blob, and what `auto` chose for it."""
+    if terms.codec != AUTO:
+        return codec.encode(wanted, terms.codec, directions), ""
+    return _fitting(wanted, received, terms, directions)
+
+
+def _fitting(
+    wanted: Adapter, received: Adapter, terms: Terms, directions: Mapping[str, tuple[int, ...]]
+) -> tuple[bytes, str]:
     """The largest blob tried that fits the budget; the smallest there is, if not even that fits."""
     budget = allocate.budget_of(wanted.parameters, (terms.upload_bytes, terms.round_bytes))
     aim, best = 0.98 * (budget - HEADER_BYTES - LAYER_BYTES * len(wanted)), None
     order = allocate.order(wanted, received)
     for _ in range(TRIES):
-        payload, layers = _encoded(order, aim)
+        payload, layers = _encoded(order, aim, directions)
         if len(payload) <= budget and (best is None or len(payload) > len(best[0])):
             best = payload, layers
         if NEAR * budget <= len(payload) <= budget:
             break
         # zstd gains more here and less there: aim where this one would have fitted.
         aim += 0.98 * budget - len(payload)
-    payload, layers = best or _encoded(order, 0.0)
+    payload, layers = best or _encoded(order, 0.0, directions)
     return payload, allocate.describe(layers)
 
 
-def _encoded(order: allocate.Order, aim: float) -> tuple[bytes, tuple[Layer, ...]]:
+def _encoded(
+    order: allocate.Order, aim: float, directions: Mapping[str, tuple[int, ...]]
+) -> tuple[bytes, tuple[Layer, ...]]:
     layers = allocate.choose(order, aim)
-    return codec.encode(order.change, layers), layers
+    return codec.encode(order.change, layers, directions), layers
 
 
 def bits_up(name: str) -> float:

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.lora.adapter import Pair
-from edge_runtime.lora.rotation import Square, align, rotate_row_squares, rotate_rows
+from edge_runtime.lora.algebra import decompose, take, to_pair
+from edge_runtime.lora.rotation import Square, align, follow, rotate_row_squares, rotate_rows
+from tests.strategies import gaussian
 
 SEEDS = st.integers(0, 2**16)
 RANKS = st.integers(1, 6)
@@ -101,3 +103,36 @@ def test_squares_follow_exchanged_and_reflected_directions_exactly(seed: int, ra
     truth = np.mean((rotation @ gradients) ** 2, axis=0)
 
     np.testing.assert_allclose(rotate_row_squares(rotation, squares), truth, rtol=1e-5)
+
+
+# ── slices that move ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def handed_out(rank: int, seed: int = 0) -> Pair:
+    """Directions as a server hands them out."""
+    return to_pair(decompose([(1.0, gaussian((40, 60), rank, seed))]), 0, rank)
+
+
+def test_a_slice_that_moved_is_followed_on_what_it_kept() -> None:
+    whole = handed_out(6)
+    found = follow(take(whole, (1, 3, 4)), take(whole, (0, 1, 4, 5)))
+
+    np.testing.assert_allclose(found, [[0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0]], atol=1e-6)
+
+
+def test_a_slice_that_was_turned_is_followed_as_a_whole() -> None:
+    old = handed_out(4)
+    rotation, _ = np.linalg.qr(np.random.default_rng(1).standard_normal((4, 4)))
+    new = Pair((rotation @ old.a).astype(np.float32), (old.b @ rotation.T).astype(np.float32))
+
+    np.testing.assert_allclose(follow(new, old), rotation, atol=1e-5)
+    assert np.array_equal(follow(new, old), align(new, old).rotation)
+
+
+def test_slices_without_a_common_direction_share_nothing() -> None:
+    whole = handed_out(6)
+
+    assert not follow(take(whole, (0, 1)), take(whole, (2, 3, 4))).any()
+    assert follow(take(whole, (0, 1)), take(whole, ())).shape == (2, 0)
+    with pytest.raises(ValueError, match="equal shapes"):
+        follow(whole, gaussian((41, 60), 6, 0))

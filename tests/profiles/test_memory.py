@@ -115,6 +115,18 @@ def test_8_bit_moments_save_six_bytes_of_each_number_of_a_factor_that_is_large_e
     assert estimate(smollm2(), replace(lowest, optimizer="adamw_8bit")) == estimate(smollm2(), lowest)
 
 
+def test_each_copy_that_a_term_needs_takes_four_bytes_of_a_trained_number() -> None:
+    setting = Setting(ALL, 16, 16, 30, optimizer="adamw_8bit")
+    totals = [estimate(smollm2(), replace(setting, copies=copies)).total for copies in (0, 1, 2)]
+
+    assert [total - totals[0] for total in totals] == [
+        0,
+        *(4 * k * trained_numbers(smollm2(), setting) for k in (1, 2)),
+    ]
+    with pytest.raises(ConfigError, match="no copy of the trained numbers or some"):
+        replace(setting, copies=-1)
+
+
 @given(setting=SETTINGS)
 def test_untrained_layers_keep_no_activations(setting: Setting) -> None:
     card = smollm2()

@@ -7,13 +7,14 @@ rest of what the device holds frozen. There is no chance in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from edge_runtime.errors import DeviceMemoryError, PlanError, RoundError
 from edge_runtime.lora.adapter import Adapter, LayerSlot, Matrix, Pair, Slot
-from edge_runtime.lora.algebra import change, cut
+from edge_runtime.lora.algebra import change, take
+from edge_runtime.lora.slices import Scores
 from edge_runtime.trainer import AdapterSpec, Gate, Introduction, LocalResult, StepReport, Training
 
 SHAPES: Mapping[str, tuple[int, int]] = {
@@ -79,6 +80,9 @@ class ToyTrainer:
         self._rank, self._held, self._base = rank, held, base
         self._received = Adapter({})
         self._trained: dict[str, Pair] = {}
+        self._rows: dict[str, Sequence[int]] = {}
+        self.slices: list[Mapping[str, tuple[int, ...]]] = []
+        self.scored = 0
         self.rounds: list[int] = []
         self.specs: list[AdapterSpec] = []
         self.ceilings: list[int | None] = []
@@ -123,10 +127,23 @@ class ToyTrainer:
             software="numpy",
         )
 
-    def receive(self, adapter: Adapter) -> None:
+    def receive(self, adapter: Adapter, rows: Mapping[str, Sequence[int]] | None = None) -> None:
         """Begin from this."""
         self._received = adapter
-        self._trained = {name: cut(pair, self._rank) for name, pair in adapter.items()}
+        self._rows = dict(rows or {name: range(min(self._rank, pair.rank)) for name, pair in adapter.items()})
+        self._trained = {name: take(adapter[name], found) for name, found in self._rows.items()}
+        self.slices.append({name: tuple(found) for name, found in self._rows.items()})
+
+    def scores(self) -> Mapping[str, Scores]:
+        """Of the gradient of a layer's loss, which is what is missing: |uᵢᵀ E vᵢ|."""
+        self.scored += 1
+        return {name: self._score(name, pair) for name, pair in self._received.items()}
+
+    def _score(self, name: str, pair: Pair) -> Scores:
+        error = (self._whole(name).product() - self.targets[name]).astype(np.float64)
+        norms = np.linalg.norm(pair.a, axis=1) * np.linalg.norm(pair.b, axis=0)
+        found = np.abs(np.einsum("oi,od,id->i", pair.b, error, pair.a))
+        return np.asarray(found / np.where(norms > 0, norms, 1), np.float64)
 
     def evaluate(self) -> float:
         """Mean square of what is missing."""
@@ -159,7 +176,6 @@ class ToyTrainer:
 
     def _whole(self, name: str) -> Pair:
         trained, held = self._trained[name], self._received[name]
-        return Pair(
-            np.concatenate([trained.a, held.a[trained.rank :]]),
-            np.concatenate([trained.b, held.b[:, trained.rank :]], axis=1),
-        )
+        a, b, rows = held.a.copy(), held.b.copy(), list(self._rows[name])
+        a[rows], b[:, rows] = trained.a, trained.b
+        return Pair(a, b)

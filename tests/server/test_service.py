@@ -72,11 +72,14 @@ def test_a_round_of_a_few_names_them(make: Callable[..., Bench]) -> None:
 
 
 def test_the_last_directive_asks_for_personal_steps_from_the_last_version(make: Callable[..., Bench]) -> None:
-    bench = make("rounds.num_rounds=1", "training.personal_steps=7")
+    near = ("training.proximal=0.1", "training.correction=0.2")
+    bench = make("rounds.num_rounds=1", "training.personal_steps=7", *near)
     for hand in training(bench):
+        assert (bench.directive.training.proximal, bench.directive.training.correction) == (0.1, 0.2)
         hand.deliver(*hand.train())
     found = bench.directive
     assert (found.phase, found.version, found.training.max_steps, found.participants) == ("finish", 1, 7, None)
+    assert (found.training.proximal, found.training.correction) == (0, 0), "a personal adapter may leave the fleet's"
     for name in "ab":
         Hand(bench, name).say(Report(client=name, state="done", round=1))
     assert bench.service.state.phase == "over"
@@ -309,8 +312,10 @@ def test_a_config_with_another_rank_keeps_the_version_it_has(tmp_path: Path) -> 
 
 def test_the_config_names_all_that_a_directive_says(make: Callable[..., Bench]) -> None:
     overrides = ["training.batch_size=3", "training.seed=5", "adapter.scaling=1.5", "wire.codec_up=fp16"]
+    overrides += ["adapter.slice=rotating", "adapter.allocation=spectrum"]
     bench = make(*overrides)
     found, config = bench.directive, bench.config
     assert isinstance(config, Config)
     assert found.training.model_dump() == config.training.model_dump(exclude={"personal_steps"})
     assert (found.adapter.scaling, found.codec, found.num_rounds) == (1.5, "fp16", 2)
+    assert (found.adapter.slice, found.adapter.allocation) == ("rotating", "spectrum")

@@ -29,7 +29,6 @@ from edge_runtime.train.live import (  # noqa: E402 - as above
     without_adapter,
 )
 from edge_runtime.train.loop import (  # noqa: E402 - as above
-    SCHEDULES,
     LocalTask,
     TrainResult,
     evaluate,
@@ -38,6 +37,7 @@ from edge_runtime.train.loop import (  # noqa: E402 - as above
 )
 from edge_runtime.train.optimizer import OPTIMIZERS  # noqa: E402 - as above
 from edge_runtime.train.resume import RoundState, StepReport  # noqa: E402 - as above
+from edge_runtime.train.schedule import SCHEDULES  # noqa: E402 - as above
 from tests.train import tiny  # noqa: E402 - as above
 
 pytestmark = pytest.mark.torch

@@ -54,6 +54,22 @@ def test_a_leaner_codec_leaves_room_for_more_directions_in_the_bytes_of_a_round(
     assert ranks[0] < ranks[-1]
 
 
+def test_a_plan_leaves_room_for_what_holds_a_device_near_its_fleet() -> None:
+    """The correction keeps a copy of the trained numbers; the proximal term has one already, but on a card."""
+    owner = owner_of(Device(rank=8, held=16))
+
+    def copies(**asked: float) -> float:
+        plans = [
+            choose(MEASURED, smollm2(), SPEC, TRAINING.model_copy(update=terms), owner, None) for terms in ({}, asked)
+        ]
+        peaks = [plan.predicted_peak_bytes for plan in plans]
+        numbers = 8 * smollm2().num_layers * smollm2().rank_parameters(ATTENTION)
+        return (peaks[1] - peaks[0]) / (4 * numbers)
+
+    assert copies(proximal=0.1) == 0
+    assert copies(correction=0.1, proximal=0.1) == pytest.approx(1)
+
+
 def test_an_owner_may_insist_on_every_choice_of_a_plan() -> None:
     assert {entry.name for entry in fields(Overrides)} <= set(Device.model_fields)
 

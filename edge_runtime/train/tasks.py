@@ -1,0 +1,47 @@
+"""From a plan and what a round asks for to the task of the training loop, and what two plans have in common."""
+
+from __future__ import annotations
+
+from edge_runtime.errors import RoundError, unknown_name
+from edge_runtime.train.loop import LocalTask
+from edge_runtime.train.schedule import SCHEDULES
+from edge_runtime.trainer import Training
+from profiles.plan import Plan
+
+
+def same_numbers(chosen: Plan) -> tuple[object, ...]:
+    """What two plans must share for a round to go on from one to the other: what is computed, not how it is cut."""
+    return (chosen.precision, chosen.compute_dtype, chosen.product_dtype, chosen.max_length)
+
+
+def same_model(one: Plan, other: Plan) -> bool:
+    """Whether a model that was loaded for one plan serves the other."""
+    return (same_numbers(one), one.threads) == (same_numbers(other), other.threads)
+
+
+def task_of(training: Training, round_number: int, chosen: Plan, family: str) -> LocalTask:
+    """One round of a plan.
+
+    Raises:
+        RoundError: the fleet asks for a schedule that this version does not know.
+    """
+    if training.schedule not in SCHEDULES:
+        raise RoundError(unknown_name("schedule", training.schedule, SCHEDULES) + "; update this device")
+    return LocalTask(
+        steps=training.max_steps,
+        learning_rate=training.learning_rate,
+        pack_tokens=chosen.micro_batch * chosen.max_length,
+        micro_batch=chosen.micro_batch,
+        gradient_accumulation_steps=-(-training.batch_size // chosen.micro_batch),
+        warmup_steps=training.warmup_steps,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        # Another order of the examples in each round, the same in each repetition of the run.
+        seed=training.seed * 10_007 + round_number,
+        gradient_checkpointing=chosen.gradient_checkpointing,
+        recomputed_layers=chosen.recomputed_layers,
+        schedule=training.schedule,
+        optimizer=chosen.optimizer,
+        lora_plus_ratio=training.lora_plus_ratio,
+        family=family,
+    )
