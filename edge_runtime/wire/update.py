@@ -69,10 +69,22 @@ def make(change: Adapter, received: Adapter, owed: Residual, terms: Terms) -> Ma
     """
     trained = Adapter({name: take(received[name], range(pair.rank)) for name, pair in change.items()})
     wanted = feedback.wanted(change, trained, owed) if terms.error_feedback else change
-    payload, how = _fitting(wanted, trained, terms) if terms.codec == AUTO else (codec.encode(wanted, terms.codec), "")
+    payload, how = pack(wanted, trained, terms)
     sent = codec.decode(payload)
     residual = feedback.left(wanted, sent, trained) if terms.error_feedback else feedback.NONE
-    return Made(payload, sent, residual, f"{terms.codec} ({how})" if how else terms.codec)
+    return Made(payload, sent, residual, how)
+
+
+def pack(change: Adapter, received: Adapter, terms: Terms) -> tuple[bytes, str]:
+    """The blob of a change of this slice, and how it was packed, for people.
+
+    Raises:
+        WireError: as `make`.
+    """
+    if terms.codec != AUTO:
+        return codec.encode(change, terms.codec), terms.codec
+    payload, how = _fitting(change, received, terms)
+    return payload, f"{terms.codec} ({how})"
 
 
 def _fitting(wanted: Adapter, received: Adapter, terms: Terms) -> tuple[bytes, str]:
