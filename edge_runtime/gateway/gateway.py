@@ -16,7 +16,7 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from edge_runtime import agent
+from edge_runtime import agent, room
 from edge_runtime.client import REPEAT_SECONDS, refused
 from edge_runtime.config import Config
 from edge_runtime.errors import AggregationError, ConfigError, DiskFullError, TooLargeError, WireError
@@ -24,6 +24,7 @@ from edge_runtime.fetching import Fetching
 from edge_runtime.gateway.reduction import Reduced, make, reduce
 from edge_runtime.gateway.subtree import MANY, Subtree, method_of
 from edge_runtime.identity import Identity, offline, online
+from edge_runtime.keeper import Watch
 from edge_runtime.lora.adapter import Adapter, LayerSlot, Slot
 from edge_runtime.state import DeviceState
 from edge_runtime.wire import blobs, codec, topics, update
@@ -109,6 +110,7 @@ class Gateway:
             ConfigError: the fleet above takes no increments.
             RejectedError: its server refused this gateway.
         """
+        self._disk.on_full = room.waiting(Watch(clock=self._clock, stop=stop), self._say, self._pauses)
         self._be_there()
         for pattern in (topics.status(self._fleet, self._name), topics.down(self._fleet, self._name)):
             self._transport.subscribe(pattern)
@@ -168,10 +170,10 @@ class Gateway:
                 self._say(f"{error}; this gateway tries again")
 
     def _obey(self, below: Subtree, directive: Directive) -> None:
-        if below.above != directive:
+        if not below.opened(directive):
             self._disk.put_fact(ABOVE, directive.model_dump(mode="json"))
-        payloads = [self._disk.band(band.blob.sha256) for band in directive.bands]
-        below.open(directive, [payload for payload in payloads if payload is not None])
+            payloads = [self._disk.band(band.blob.sha256) for band in directive.bands]
+            below.open(directive, [payload for payload in payloads if payload is not None])
         if directive.phase == "finish" and below.state.phase == "over":
             self._doing = None
             self._report("done", directive.round)
@@ -345,6 +347,9 @@ class Gateway:
     def _publish(self, message: Message) -> None:
         topic = topics.up(self._fleet, self._name)
         self._transport.publish(topic, self._guard.seal(topic, dump(message)))
+
+    def _pauses(self, reason: str) -> None:
+        self._report("paused", self._doing.round if self._doing else 0, detail=reason[:1024])
 
     def _report(self, state: Any, number: int, **facts: Any) -> None:
         sent, received = self._transport.bytes_sent, self._transport.bytes_received

@@ -80,9 +80,9 @@ class Subtree:
 
     @property
     def ready(self) -> bool:
-        """Whether enough of its devices are here."""
+        """Whether enough of its devices are here, or were when its rounds began."""
         online = sum(member.online for member in self.state.members.values())
-        return online >= self._config.rounds.min_available_nodes
+        return self.state.phase != "gather" or online >= self._config.rounds.min_available_nodes
 
     def turn(self, poll: float) -> None:
         """Take what has arrived, for the first of which it waits `poll` seconds."""
@@ -91,17 +91,22 @@ class Subtree:
                 return
             poll = 0.0
 
+    def opened(self, above: Directive) -> bool:
+        """Whether this round of the fleet above is open here, or complete; or, if it says so, the devices finish."""
+        phases = {"finish", "over"} if above.phase == "finish" else {"train", "merging"}
+        return self.state.phase in phases and self.state.round == above.round
+
     def open(self, above: Directive, payloads: Sequence[bytes]) -> None:
-        """Open the round that the fleet above asks for, or let the devices finish; twice is once.
+        """Open the round that the fleet above asks for, or let the devices finish.
+
+        Args:
+            above: its Directive.
+            payloads: the bands of the version, as they came.
 
         Raises:
             DiskFullError: no room for the version; nothing of it happened.
         """
         last = above.phase == "finish"
-        if self.state.phase in ({"finish", "over"} if last else {"train", "merging"}) and (
-            self.state.round == above.round
-        ):
-            return
         self.above = above
         known = bands.join([codec.decode(payload) for payload in payloads])
         version = StoredVersion(above.version, save_state(State(known, Adapter({}), above.version)), above.bands)

@@ -17,6 +17,7 @@ from tests.gateway.tree import Sites, Tree
 from tests.runtime.fleets import Devices
 from tests.runtime.toy import SHAPES, ToyTrainer, targets
 from tests.runtime.turns import Fleet, fleet_config
+from tests.server.secrets import Secrets
 
 OWN = {name: targets(seed) for seed, name in enumerate("abcde")}
 SITES: Sites = {
@@ -74,12 +75,50 @@ def test_a_coarse_codec_is_owed_and_not_lost(folder: Path, wanted: Adapter) -> N
     assert apart(tree.root.merged(), wanted) < 0.02
 
 
-@pytest.mark.parametrize("at", range(3, 60, 4))
+@pytest.mark.parametrize(
+    "at",
+    [5, 7, 12, 34, 41, 47, 68, 71, 85, 89, 90, 97, 112, 113, 160, 171, 187, 194, 239, 250, 265, 267, 279, 285, 290],
+)
 def test_a_gateway_may_be_killed_before_any_of_its_operations(folder: Path, wanted: Adapter, at: int) -> None:
-    tree = Tree(folder, EXACT, SITES, fuses={"north": [at, at]}).run()
-    assert len(tree.kills) == 2
+    """From its first connection to the personal adapters behind it: both halves go on from their stores."""
+    tree = Tree(folder, EXACT, SITES, fuses={"north": [at]}).run()
+    assert len(tree.kills) == 1
     assert apart(tree.root.merged(), wanted) < 1e-4
     assert set(tree.root.merges()) == {(number, 2) for number in (1, 2, 3)}
+    assert dict(tree.sites["north"].delivered) == {"a": 1, "b": 1}
+
+
+def test_a_gateway_that_is_killed_again_and_again_ends_all_the_same(folder: Path, wanted: Adapter) -> None:
+    tree = Tree(folder, EXACT, SITES, fuses={"north": [40, 30, 50, 20, 60], "south": [25, 70, 45]}).run()
+    assert len(tree.kills) == 8
+    assert apart(tree.root.merged(), wanted) < 1e-4
+
+
+def test_messages_are_signed_by_the_keys_of_each_fleet(folder: Path, wanted: Adapter) -> None:
+    """Above, a gateway signs as a device; below, as a server."""
+    names = {"fleet": tuple(SITES), **{site: tuple(devices) for site, devices in SITES.items()}}
+    made = {}
+    for fleet, members in names.items():
+        (folder / f"keys-{fleet}").mkdir()
+        made[fleet] = Secrets(folder / f"keys-{fleet}", *members, fleet=fleet)
+    tree = Tree(folder, EXACT, SITES, secrets=lambda fleet: made[fleet].guards).run()
+    assert apart(tree.root.merged(), wanted) < 1e-4
+    assert not any(
+        "forged" in note or "dropped" in note for fleet in (tree.root, *tree.sites.values()) for note in fleet.notes
+    )
+
+
+def test_a_site_without_devices_joins_when_they_come_and_finishes_though_all_is_over(folder: Path) -> None:
+    overrides = (*EXACT, "rounds.min_available_nodes=3")
+    tree = Tree(folder, overrides, {"north": SITES["north"]}, direct=SITES["south"])
+    for name in ("a", "b"):
+        tree.sites["north"].leave(name)
+    tree.run(until=lambda: tree.root.ended)
+    assert tree.root.state is not None
+    assert "north" not in tree.root.state.members
+    for name in ("a", "b"):
+        tree.sites["north"].join(name)
+    tree.run()
     assert dict(tree.sites["north"].delivered) == {"a": 1, "b": 1}
 
 

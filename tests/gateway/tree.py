@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -10,12 +11,19 @@ from edge_runtime.client import Identity, will
 from edge_runtime.gateway.gateway import Gateway
 from edge_runtime.gateway.subtree import Subtree
 from edge_runtime.state import DeviceState
+from edge_runtime.wire.guard import OPEN, Guard
 from edge_runtime.wire.messages import Directive
 from server.store import Store
 from tests.runtime.fleets import Devices
 from tests.runtime.turns import Clock, Fleet, Fuse, Seat, fleet_config, guarded
 
 Sites = Mapping[str, Devices]
+Guards = Callable[[str], AbstractContextManager[Guard]]
+
+
+def no_guards(_name: str) -> AbstractContextManager[Guard]:
+    """Nobody signs."""
+    return nullcontext(OPEN)
 
 
 class Tree:
@@ -28,6 +36,7 @@ class Tree:
         below: overrides of every subtree.
         direct: devices of the root that are behind no gateway.
         fuses: gateway → numbers of its fatal operations, one for each of its lives.
+        secrets: fleet → participant → what signs for it there; nothing does without.
     """
 
     def __init__(
@@ -39,10 +48,12 @@ class Tree:
         below: tuple[str, ...] = (),
         direct: Devices | None = None,
         fuses: Mapping[str, list[int]] | None = None,
+        secrets: Callable[[str], Guards] = lambda _: no_guards,
     ) -> None:
+        self._secrets = secrets
         self.folder, self._settings, self._below = folder, settings, below
         self._fuses = {name: list(numbers) for name, numbers in (fuses or {}).items()}
-        self.root = Fleet(folder / "root", fleet_config(*settings), direct or {})
+        self.root = Fleet(folder / "root", fleet_config(*settings), direct or {}, guards=secrets("fleet"))
         self.sites = {name: self._site(name, devices) for name, devices in sites.items()}
         self.clock = Clock()
         self.seats: dict[str, Seat] = {}
@@ -54,7 +65,7 @@ class Tree:
     def _site(self, name: str, devices: Devices) -> Fleet:
         settings = fleet_config(*self._settings, f"rounds.min_available_nodes={len(devices)}", *self._below)
         settings = settings.model_copy(update={"fleet": settings.fleet.model_copy(update={"name": name})})
-        return Fleet(self.folder / name, settings, devices, absent=("server",))
+        return Fleet(self.folder / name, settings, devices, absent=("server",), guards=self._secrets(name))
 
     def join(self, name: str) -> None:
         """Start a gateway, for the first time or again."""
@@ -108,7 +119,10 @@ class Tree:
 
     def _be_gateway(self, name: str, seat: Seat) -> None:
         site, root = self.sites[name], self.root
-        above = root.broker.connect(name, will=will(root.config.fleet.name, name))
+        guards = ExitStack()
+        guard = guards.enter_context(self._secrets("fleet")(name))
+        server = guards.enter_context(self._secrets(name)("server"))
+        above = root.broker.connect(name, will=will(root.config.fleet.name, name, guard))
         below = site.broker.connect("server")
         disk = DeviceState(self.folder / f"gateway-{name}")
         opened: list[Store] = []
@@ -118,12 +132,12 @@ class Tree:
             opened.append(store)
             return Subtree(
                 site.config, directive, guarded(below, seat.fuse), guarded(store, seat.fuse),
-                say=site.notes.append, record=site.records.append, clock=self.clock,
+                say=site.notes.append, record=site.records.append, clock=self.clock, guard=server,
             )  # fmt: skip
 
         try:
             Gateway(
-                Identity(root.config.fleet.name, name, chunk_bytes=400),
+                Identity(root.config.fleet.name, name, chunk_bytes=400, guard=guard),
                 site.config,
                 transport=guarded(above, seat.fuse),
                 state=guarded(disk, seat.fuse),
@@ -141,3 +155,4 @@ class Tree:
             disk.close()
             for store in opened:
                 store.close()
+            guards.close()
