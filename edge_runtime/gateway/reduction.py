@@ -12,7 +12,7 @@ when the next round has other weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,14 +54,22 @@ def reduce(method: Aggregator, updates: Iterable[Update], owed: Adapter, *, rank
     """
     known = sorted(updates, key=lambda update: update.client)
     shapes = {name: pair.shape for update in known for name, pair in update.trained.items()}
-    weights = {
-        name: sum(update.weight_of(name) for update in known if name in update.trained) for name in sorted(shapes)
-    }
+    weights = _weights(known)
     nothing = Adapter({name: zero(shape, min(rank, *shape)) for name, shape in shapes.items()})
     tail = Adapter({name: scale(pair, 1.0 / weights[name]) for name, pair in owed.items() if name in weights})
     merged = method.combine(State(nothing, tail, version), known)
     found = Adapter({name: _used(merged.state.adapter[name]) for name in merged.layers})
-    return Reduced(found, {name: weights[name] for name in found}, merged)
+    # Whoever a rule left out has no part in the sum, and gives it no weight.
+    counted = _weights([update for update in known if update.client not in merged.excluded])
+    return Reduced(found, {name: counted.get(name, weights[name]) for name in found}, merged)
+
+
+def _weights(updates: Sequence[Update]) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for update in updates:
+        for name in update.trained:
+            weights[name] = weights.get(name, 0.0) + update.weight_of(name)
+    return weights
 
 
 @dataclass(frozen=True, eq=False)

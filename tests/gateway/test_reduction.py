@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from edge_runtime.lora.adapter import Adapter
 from edge_runtime.wire import blobs, codec
 from edge_runtime.wire.messages import Offer, dump, load
 from server import aggregators, offers
-from server.aggregators.method import State, Update
+from server.aggregators.method import Merged, State, Update
 from server.fleet import Member
 from server.rounds import State as RoundsState
 from server.slices import update_of
@@ -145,6 +146,22 @@ def test_layers_that_nobody_trained_are_owed_still() -> None:
 def test_no_update_makes_no_increment() -> None:
     with pytest.raises(AggregationError, match="at least one update"):
         reduce(METHOD, [], NOTHING, rank=8, version=3)
+
+
+def test_whoever_a_rule_leaves_out_gives_the_sum_no_weight() -> None:
+    state = learnt_state(8)
+    updates = updates_from(state, METHOD, [4, 2, 3], weights=[10.0, 20.0, 5.0])
+    banned = updates[1].client
+
+    def combine(before: State, given: Iterable[Update]) -> Merged:
+        merged = METHOD.combine(before, [update for update in given if update.client != banned])
+        return replace(merged, excluded={banned: "by a rule"})
+
+    ruled = METHOD._replace(combine=combine)
+    found = reduce(ruled, updates, NOTHING, rank=WIDE, version=3)
+    wanted = reduce(METHOD, [u for u in updates if u.client != banned], NOTHING, rank=WIDE, version=3)
+    assert found.weights == wanted.weights == dict.fromkeys(SHAPES, 15.0)
+    assert found.increment.digest() == wanted.increment.digest()
 
 
 # ── what the fleet above takes ────────────────────────────────────────────────────────────────────────────────────
