@@ -15,9 +15,11 @@ ARGS ?=
 VENV := .venv
 VENV310 := .venv-3.10
 OVERLAY := .overlay-transformers5
+OVERLAY_RAY := .overlay-ray
 READY := $(VENV)/.installed
 READY310 := $(VENV310)/.installed
 READY_OVERLAY := $(OVERLAY)/.installed
+READY_RAY := $(OVERLAY_RAY)/.installed
 BIN := $(VENV)/bin
 
 # Without the marks of what takes longer, or wants weights, several processes or a GPU.
@@ -38,7 +40,7 @@ LARGE := awk '/Downloading .*[0-9][0-9][0-9.]* [MG]B/ { print; fflush() }'
 PIP := -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check lint fast test test-torch-free test-all test-transformers5 clean
+.PHONY: help setup demo check lint fast test test-torch-free test-all test-transformers5 test-ray clean
 .DELETE_ON_ERROR:
 SHELL := bash
 
@@ -86,6 +88,9 @@ test-transformers5: $(READY_OVERLAY) ## the torch tests against transformers 5, 
 	    sys.exit(0 if found.__version__.startswith("5.") else "expected transformers 5 from $(OVERLAY); run: make clean")'
 	PYTHONPATH=$(OVERLAY) $(PYTEST) -m "not slow and not gpu" tests/train tests/export
 
+test-ray: $(READY_RAY) ## merges on a Ray cluster of this machine, Ray laid over .venv
+	PYTHONPATH=$(OVERLAY_RAY) $(PYTEST) -k "ray" tests/server/test_engines.py
+
 clean: ## remove the environments, the overlay and every cache
 	rm -rf .venv .venv-* .overlay* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -113,4 +118,12 @@ $(READY_OVERLAY): $(READY) constraints-transformers5.txt
 	@rm -rf $(OVERLAY)
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $(OVERLAY) \
 	    --requirement constraints-transformers5.txt
+	@touch $@
+
+# What Ray needs and .venv has not; pinned in constraints.txt.
+$(READY_RAY): $(READY) constraints.txt
+	@echo "== $(OVERLAY_RAY): installing Ray beside .venv"
+	@rm -rf $(OVERLAY_RAY)
+	@$(BIN)/python $(PIP) --quiet --no-deps --target $(OVERLAY_RAY) \
+	    ray attrs jsonschema jsonschema-specifications msgpack referencing rpds-py
 	@touch $@

@@ -92,6 +92,13 @@ class Exhausted:
 
 
 @dataclass(frozen=True)
+class Nothing:
+    """This round gives no update, and is settled."""
+
+    round: int
+
+
+@dataclass(frozen=True)
 class Finished:
     """The personal adapter is made and reported."""
 
@@ -101,7 +108,7 @@ class Repeat:
     """Time passed, or the connection is new: say again what has not been answered."""
 
 
-Event = Received | Planned | Fetched | Trained | Recut | Exhausted | Finished | Repeat
+Event = Received | Planned | Fetched | Trained | Nothing | Recut | Exhausted | Finished | Repeat
 
 # ── actions ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -206,6 +213,8 @@ def step(state: State, event: Event) -> tuple[State, list[Action]]:
             # While it trained, the fleet may have begun anew; then there is nobody to take this update.
             if run == state.run:
                 state, actions = replace(state, outbox=offer), [Say(offer)]
+        case Nothing(number):
+            state, actions = _settle(replace(state, busy=""), number, arrived=False)
         case Recut(offer) if state.outbox and state.outbox.blob.sha256 == offer.blob.sha256:
             state, actions = replace(state, outbox=offer), [Say(offer)]
         case Exhausted():
@@ -289,7 +298,7 @@ def _rejected(state: State, refusal: Rejected) -> tuple[State, list[Action]]:
             return replace(state, left=True), [Leave(refusal)]
         case "quota" | "no-space" | "fleet-full" | "malformed":
             return state, [Wait(refusal)]
-        case "round-closed" | "too-large" | "corrupt" | "norm" | "examples":
+        case "round-closed" | "too-large" | "corrupt" | "norm" | "examples" | "kind":
             if state.outbox and state.outbox.blob.sha256 == refusal.sha256:
                 return _settle(state, state.outbox.round, arrived=False)
     return state, []

@@ -29,7 +29,7 @@ from edge_runtime.wire import bands, blobs, codec, feedback, topics, update
 from edge_runtime.wire.messages import Band, Directive, Losses, Message, Offer, Rejected, Report, dump, is_absence, load
 from edge_runtime.wire.transport import Delivery, Transport
 
-__all__ = ["REPEAT_SECONDS", "Client", "Identity", "will"]
+__all__ = ["REPEAT_SECONDS", "Client", "Identity", "refused", "will"]
 
 REPEAT_SECONDS = 10.0
 """How long an unanswered message waits before it is said again."""
@@ -190,7 +190,7 @@ class Client:
                 self._say(f"the server cannot take this now and is asked again: {refusal.reason}")
             case agent.Leave(refusal):
                 if refusal is not None:
-                    raise _refused(refusal)
+                    raise refused(refusal)
 
     def _working(self, doing: str, work: Callable[[], agent.Event]) -> None:
         """Do a piece of work. If memory does not suffice, plan a smaller one; if it fails, tell the server and end."""
@@ -369,6 +369,7 @@ class Client:
         self._publish(report)
 
 
-def _refused(refusal: Rejected) -> EdgeRuntimeError:
+def refused(refusal: Rejected) -> EdgeRuntimeError:
+    """The error that a refusal for good is."""
     kinds: Mapping[str, type[EdgeRuntimeError]] = {"fingerprint": FingerprintMismatchError}
     return kinds.get(refusal.code, RejectedError)(f"the server refused this device: {refusal.reason}")

@@ -265,6 +265,12 @@ class Server(Section):
     """An update that moves the model this many times as far as the median of the accepted ones is refused."""
     max_update_norm: Annotated[float, Field(gt=0)] | None = None
     """Largest Frobenius norm of the change of all layers together; no such limit when absent."""
+    engine: str = "local"
+    """Where layers are merged: local, threads, processes or ray; see `server.engines`."""
+    workers: Positive | None = None
+    """Layers merged at a time, where the engine is not local; as many as there are cores when absent."""
+    ray_address: str | None = None
+    """Of a Ray cluster, HOST:PORT or ray://HOST:PORT; one of this machine alone when absent."""
 
 
 class Config(Section):

@@ -19,6 +19,7 @@ A message says what was expected, what was found and what to do, in one line whe
     │   └── BrokerError                  no broker, or it refuses us
     ├── RoundError                  14
     │   ├── AggregationError             updates that do not fit together
+    │   ├── EngineError                  a worker that merges layers failed, or there is none
     │   ├── QuorumError                  too few updates before progress stopped
     │   └── RejectedError                the server refused this device
     ├── ExportError                 15   an artefact that could not be written or does not agree with the live model
@@ -116,6 +117,10 @@ class RoundError(EdgeRuntimeError):
 
 class AggregationError(RoundError):
     """Updates that do not fit together; names the layer, both shapes and the devices."""
+
+
+class EngineError(RoundError):
+    """A worker that merges layers failed, or the workers cannot be reached."""
 
 
 class QuorumError(RoundError):

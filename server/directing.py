@@ -9,6 +9,7 @@ from edge_runtime.config import Config
 from edge_runtime.trainer import AdapterSpec, Training
 from edge_runtime.wire import update
 from edge_runtime.wire.messages import Band, Directive
+from server.aggregators.method import Aggregator
 from server.rounds import State
 
 ASKS: Mapping[str, Literal["gather", "train", "finish"]] = {
@@ -21,7 +22,7 @@ ASKS: Mapping[str, Literal["gather", "train", "finish"]] = {
 """Phase of the rounds → what a Directive asks of a device."""
 
 
-def directive_of(config: Config, state: State, cut: tuple[Band, ...], *, rank: int, hold_more: bool) -> Directive:
+def directive_of(config: Config, state: State, cut: tuple[Band, ...], *, rank: int, method: Aggregator) -> Directive:
     """The Directive of a state.
 
     Args:
@@ -29,7 +30,7 @@ def directive_of(config: Config, state: State, cut: tuple[Band, ...], *, rank: i
         state: where the rounds stand.
         cut: the bands of the current version.
         rank: of the global adapter.
-        hold_more: whether devices may hold more than they train.
+        method: by which the fleet merges; devices are told what it permits, not what it is.
     """
     phase = ASKS[state.phase]
     steps = config.training.personal_steps if phase == "finish" else config.training.max_steps
@@ -49,7 +50,7 @@ def directive_of(config: Config, state: State, cut: tuple[Band, ...], *, rank: i
         adapter=AdapterSpec(
             **config.adapter.model_dump(),
             max_held=rank,
-            hold_more=hold_more,
+            hold_more=method.hold_more,
             bits_up=update.bits_up(config.wire.codec_up),
             bits_down=update.bits_down(config.wire.codec_down),
         ),
@@ -59,4 +60,5 @@ def directive_of(config: Config, state: State, cut: tuple[Band, ...], *, rank: i
         codec=config.wire.codec_up,
         error_feedback=config.wire.error_feedback,
         upload_bytes=config.wire.upload_bytes,
+        increments=method.increments,
     )

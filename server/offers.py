@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edge_runtime.wire.messages import Offer, Rejected
+from server.policy import Policy
 
 if TYPE_CHECKING:
-    from server.rounds import Policy, State
+    from server.rounds import State
 
 MAX_CHUNKS = 1 << 18
 """Chunks of an update, at most: lists of them must stay small whatever a device offers."""
@@ -34,6 +35,11 @@ def refusal(state: State, offer: Offer, policy: Policy) -> Rejected | None:
         return Rejected(
             code="round-closed", reason=f"trained from version {offer.version}, not {state.version}", sha256=sha
         )
+    if offer.kind == "increment" and not policy.increments:
+        reason = (
+            'this fleet merges slices and no increments; a gateway needs [aggregator] method = "increment" above it'
+        )
+        return Rejected(code="kind", reason=reason, sha256=sha)
     if offer.blob.size > policy.max_upload_bytes or offer.blob.chunks > MAX_CHUNKS:
         return Rejected(
             code="too-large",

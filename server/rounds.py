@@ -18,23 +18,7 @@ from pydantic import Field
 from edge_runtime.wire.messages import Accepted, Hello, Message, Model, Name, Offer, Rejected, Report, Welcome
 from server import offers
 from server.fleet import Member, absent, admit, choose, crowded, ranking, rival
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What the fleet's file says about rounds; see `edge_runtime.config.Rounds` and `Server`."""
-
-    fleet: str
-    num_rounds: int
-    min_available_nodes: int
-    fraction_train: float
-    quorum: float
-    progress_timeout: float
-    pause_timeout: float
-    max_upload_bytes: int
-    max_examples: int
-    max_members: int
-    seed: int
+from server.policy import Policy
 
 
 class State(Model):
@@ -119,11 +103,20 @@ class MergeDone:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """The fleet above a gateway asks it for this round; `version`, which is durable here, is that fleet's."""
+
+    round: int
+    version: int
+    last: bool
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time passed."""
 
 
-Event = Heard | PresenceChanged | Stored | Refused | Moved | MergeDone | Tick
+Event = Heard | PresenceChanged | Stored | Refused | Moved | MergeDone | Asked | Tick
 
 # ── actions ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -203,9 +196,9 @@ def step(state: State, event: Event, now: float, policy: Policy) -> tuple[State,
             state, actions = _stored(state, offer)
         case Refused(offer, reply):
             state, actions = _refused(state, offer, reply)
-        case MergeDone(version):
+        case MergeDone(version) | Asked(version=version):
             state = state.model_copy(update={"version": version, "phase": "train", "progress_at": now})
-            return _next_round(state, actions, policy)
+            return _next_round(state, actions, policy, event)
         case Moved(whole):
             actions = [Stage(whole)] if whole else []
         case Tick():
@@ -331,7 +324,7 @@ def _advance(state: State, actions: list[Action], now: float, policy: Policy) ->
     match state.phase:
         case "gather":
             online = sum(member.online for member in state.members.values())
-            if online >= policy.min_available_nodes:
+            if not policy.led and online >= policy.min_available_nodes:
                 return _next_round(state.model_copy(update={"progress_at": now}), actions, policy)
         case "train":
             return _advance_train(state, actions, now, policy, stalled=stalled)
@@ -381,13 +374,20 @@ def _others(state: State, gone: int, policy: Policy) -> list[str]:
     return ranking(spare, state.round, policy.seed)[:gone]
 
 
-def _next_round(state: State, actions: list[Action], policy: Policy) -> tuple[State, list[Action]]:
-    state = state.model_copy(update={"merged": {**state.merged, **state.stored}})
-    if state.round >= policy.num_rounds:
+def _next_round(
+    state: State, actions: list[Action], policy: Policy, why: Event | None = None
+) -> tuple[State, list[Action]]:
+    """Open the next round, or the one that was asked for; after the last one, let the devices finish."""
+    last = state.round >= policy.num_rounds
+    number = state.round + (not last)
+    if isinstance(why, Asked):
+        number, last = why.round, why.last
+    state = state.model_copy(update={"round": number, "merged": {**state.merged, **state.stored}})
+    if last:
         state = state.model_copy(update={"phase": "finish", "asked": (), "stored": {}})
-        return state, [*actions, Announce(), Note(f"all {policy.num_rounds} rounds are merged; devices finish")]
-    number = state.round + 1
+        return state, [*actions, Announce(), Note(f"all {number} rounds are merged; devices finish")]
     remaining = {name: member for name, member in state.members.items() if name not in state.ended}
     asked = choose(remaining, policy.fraction_train, number, policy.seed)
-    state = state.model_copy(update={"phase": "train", "round": number, "asked": asked, "stored": {}})
-    return state, [*actions, Announce(), Note(f"round {number} of {policy.num_rounds}: asking {', '.join(asked)}")]
+    state = state.model_copy(update={"phase": "train", "asked": asked, "stored": {}})
+    of = "" if policy.led else f" of {policy.num_rounds}"
+    return state, [*actions, Announce(), Note(f"round {number}{of}: asking {', '.join(asked)}")]

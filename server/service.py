@@ -15,10 +15,11 @@ from threadpoolctl import threadpool_limits
 
 from edge_runtime.config import Config
 from edge_runtime.errors import AggregationError, AuthenticityError, CorruptPayloadError, DiskFullError, WireError
-from edge_runtime.wire import blobs, codec, topics, update
+from edge_runtime.wire import blobs, topics, update
 from edge_runtime.wire.guard import OPEN, Guard
 from edge_runtime.wire.messages import (
     Band,
+    Directive,
     Hello,
     Message,
     Need,
@@ -28,25 +29,27 @@ from edge_runtime.wire.messages import (
     Report,
     dump,
     load,
-    ungroup,
 )
 from edge_runtime.wire.transport import Delivery, Transport
-from server import aggregators, rounds, screening
-from server.aggregators.method import Update, load_state, save_state
+from server import aggregators, engines, rounds, screening
+from server.aggregators.method import Update
 from server.directing import directive_of
 from server.downlink import Downlink
 from server.fleet import unbearable
 from server.journal import Journal
+from server.merging import DECODED, Merging
+from server.policy import policy_of
 from server.resuming import Resuming
 from server.shortage import Shortage, blob_of, said_once
-from server.slices import update_of
 from server.staging import Staging
 from server.store import Store, StoredVersion
 
-DECODED = 8
-"""Bytes that an upload may decompress to, and a global adapter may have, as a multiple of `wire.max_upload_bytes`."""
 HARMLESS = 64 << 20
 """Bytes of a global adapter that any server bears."""
+
+
+Lead = Callable[[rounds.State, tuple[Band, ...]], Directive]
+"""Given the bands of its version, what a fleet behind a gateway is asked for."""
 
 
 class Service:
@@ -60,12 +63,13 @@ class Service:
         record: given one JSON-able mapping for each event worth measuring; see `server.journal`.
         clock: seconds, monotonic; an argument so that tests own the time.
         guard: signs what it says, and tells whom to believe.
+        lead: of a fleet behind a gateway: says what the fleet above it asks for; see `open`.
 
     Raises:
         ConfigError: an unknown method or codec.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  each one is a seam
         self,
         config: Config,
         transport: Transport,
@@ -75,22 +79,18 @@ class Service:
         record: Callable[[Mapping[str, Any]], None],
         clock: Callable[[], float] = time.monotonic,
         guard: Guard = OPEN,
+        lead: Lead | None = None,
     ) -> None:
         self._config, self._transport, self._store, self._guard = config, transport, store, guard
         self._say, self._clock = say, clock
         extra = config.aggregator.model_extra or {}
-        self._method = aggregators.build(config.aggregator.method, **extra)
+        engine = engines.build(config.server, say)
+        self._method = aggregators.build(config.aggregator.method, engine, **extra)
         self._rank = config.aggregator.rank or self._method.server_rank(config.adapter.max_rank)
         for name, bits in ((config.wire.codec_up, update.bits_up), (config.wire.codec_down, update.bits_down)):
             bits(name)  # raises for a codec that there is not
-        self._policy = rounds.Policy(
-            fleet=config.fleet.name,
-            max_upload_bytes=min(config.wire.max_upload_bytes, config.server.max_staged_bytes),
-            max_examples=config.server.max_examples,
-            max_members=config.server.max_members,
-            seed=config.training.seed,
-            **config.rounds.model_dump(),
-        )
+        self._lead = lead
+        self._policy = policy_of(config, self._method, led=lead is not None)
         own = config.server
         self._journal = Journal(store, record, say)
         self._staging = Staging(store, clock, most=own.max_staged_bytes, timeout=own.upload_timeout)
@@ -99,6 +99,7 @@ class Service:
         self._fleet = config.fleet.name
         self._downlink = Downlink(config.fleet.name, config.wire, transport, store)
         self._resuming = Resuming(clock)
+        self._merging = Merging(config, self._method, self._rank, store=store, downlink=self._downlink, clock=clock)
         saved = store.rounds()
         if saved is None:
             self._state, self._pending = rounds.begin(secrets.token_hex(8), config.fleet.base, clock())
@@ -112,6 +113,13 @@ class Service:
 
     def run(self, stop: Callable[[], bool], *, poll: float = 0.5) -> rounds.State:
         """Serve until the fleet has finished or `stop()` says so; returns the last state. Ready to run again."""
+        self.begin()
+        while not stop() and self._state.phase != "over":
+            self.turn(poll)
+        return self.end()
+
+    def begin(self) -> None:
+        """Listen, and do what a former process left undone."""
         for pattern in (
             topics.up(self._fleet, "+"),
             topics.status(self._fleet, "+"),
@@ -119,23 +127,38 @@ class Service:
         ):
             self._transport.subscribe(pattern)
         self._unless_full(self._save, self._journal.write, lambda: self._perform(self._pending), self._clear)
-        sessions, ticked = self._transport.sessions, self._clock()
-        while not stop() and self._state.phase != "over":
-            delivery = self._transport.receive(poll)
-            if delivery is not None:
-                self.handle(delivery)
-            self._unless_full(self._ask_for_rest)
-            if self._transport.sessions != sessions:
-                # A broker that came back may have forgotten what it retained.
-                sessions = self._transport.sessions
-                self._unless_full(self._announce, self._clear)
-            if self._clock() - ticked >= poll:
-                ticked = self._clock()
-                self.tick()
+        self._sessions, self._ticked = self._transport.sessions, self._clock()
+
+    def turn(self, poll: float) -> bool:
+        """Take one delivery, for which it waits `poll` seconds, and do what is due; whether there was one."""
+        delivery = self._transport.receive(poll)
+        if delivery is not None:
+            self.handle(delivery)
+        self._unless_full(self._ask_for_rest)
+        if self._transport.sessions != self._sessions:
+            # A broker that came back may have forgotten what it retained.
+            self._sessions = self._transport.sessions
+            self._unless_full(self._announce, self._clear)
+        if self._clock() - self._ticked >= poll:
+            self._ticked = self._clock()
+            self.tick()
+        return delivery is not None
+
+    def end(self) -> rounds.State:
+        """See that all that was said is gone, and say what there was to refuse; returns the last state."""
         self._transport.flush(10.0)
         self._journal.save()
         self._say(self._journal.summary)
         return self._state
+
+    def open(self, asked: rounds.Asked, version: StoredVersion, payloads: list[bytes]) -> None:
+        """Open the round that the fleet above asks for, from its version.
+
+        Raises:
+            DiskFullError: no room for the version; nothing of it happened.
+        """
+        self._apply(asked, lambda state: self._store.save_version(version, payloads, state))
+        self._clear()
 
     def _save(self) -> None:
         self._store.save_rounds(self._state.model_dump_json())
@@ -255,7 +278,7 @@ class Service:
             self._need(offer, list(range(offer.blob.chunks)))
             return
         try:
-            found = self._update(offer, payload)
+            found = self._merging.update(offer, payload)
             with threadpool_limits(1):
                 norm = screening.moved(found.received, found.trained)
         except (WireError, AggregationError) as error:
@@ -278,10 +301,6 @@ class Service:
         self._store.drop_upload(offer)
         refusal = Rejected(code=code, reason=reason[:1024], sha256=offer.blob.sha256)
         self._apply(rounds.Refused(offer, refusal))
-
-    def _update(self, offer: Offer, payload: bytes) -> Update:
-        change, directions = codec.decode_slice(payload, limit=DECODED * self._config.wire.max_upload_bytes)
-        return update_of(offer, change, self._downlink.received(offer.version), directions)
 
     def _apply(self, event: rounds.Event, persist: Callable[[str], None] | None = None) -> None:
         before = self._state
@@ -339,32 +358,21 @@ class Service:
         topic = topics.down(self._fleet, client)
         self._transport.publish(topic, self._guard.seal(topic, dump(message)))
 
-    def _updates(self, number: int) -> Iterator[Update]:
-        for offer, payload in self._store.updates(number):
-            yield self._update(offer, payload)
+    def updates(self, number: int) -> Iterator[Update]:
+        """The stored updates of a round, by device, one in memory at a time."""
+        return self._merging.updates(number)
 
     def _merge(self, number: int) -> None:
         if (self._state.phase, self._state.round) != ("merging", number):
             return  # done already; a second time, the same updates would be added to their own outcome
-        base = self._version(self._state.version)
-        started = self._clock()
-        # The products are thin: BLAS threads gain nothing, and on busy cores they wait for each other (decision 0004).
-        with threadpool_limits(1):
-            merged = self._method.combine(load_state(base.state), self._updates(number))
-        version, payloads = self._downlink.cut(self._state.version + 1, save_state(merged.state), merged.state.adapter)
-        lost = sum(layer.lost**2 for layer in merged.layers.values()) ** 0.5
-        event = {
-            "event": "merge", "round": number, "version": version.version, "truncation": merged.truncation,
-            "lost": lost, "norm": sum(layer.norm**2 for layer in merged.layers.values()) ** 0.5,
-            "seconds": self._clock() - started, "band_bytes": [len(payload) for payload in payloads],
-            "layers": {name: vars(layer) for name, layer in merged.layers.items()},
-        }  # fmt: skip
+        if self._lead is not None:
+            return  # the gateway reduces them; the fleet above makes the next version
+        version, payloads, event = self._merging.next(self._state)
 
         def persist(state: str) -> None:
             self._store.save_version(version, payloads, state, event)
-            self._say(
-                f"round {number}: merged into version {version.version}, truncation error {merged.truncation:.2%}"
-            )
+            error = f"truncation error {event['truncation']:.2%}"
+            self._say(f"round {number}: merged into version {version.version}, {error}")
 
         self._apply(rounds.MergeDone(version.version), persist)
         self._clear()
@@ -373,19 +381,6 @@ class Service:
         # The version before the last one has no reader left: its devices were answered when their round closed.
         self._downlink.clear(self._state.version - 2)
 
-    def _version(self, number: int) -> StoredVersion:
-        """A stored version; the first one is made when the fleet's shapes are known."""
-        stored = self._store.version(number)
-        if stored is not None:
-            return stored
-        if number != 0 or not self._state.members:
-            raise AggregationError(f"version {number} is not in the store; restore the store from a backup")
-        shapes = ungroup(next(iter(self._state.members.values())).hello.groups).shapes
-        fresh = self._method.init(shapes, self._rank, self._config.training.seed)
-        version, payloads = self._downlink.cut(0, save_state(fresh), fresh.adapter)
-        self._store.save_version(version, payloads)
-        return version
-
     def _announce(self) -> None:
         """Publish the bands of the current version, then the Directive that names them.
 
@@ -393,7 +388,10 @@ class Service:
         """
         cut: tuple[Band, ...] = ()
         if self._state.phase != "gather":
-            cut = self._downlink.broadcast(self._version(self._state.version))
-        asked = directive_of(self._config, self._state, cut, rank=self._rank, hold_more=self._method.hold_more)
+            cut = self._downlink.broadcast(self._merging.version(self._state))
+        if self._lead is not None:
+            asked = self._lead(self._state, cut)
+        else:
+            asked = directive_of(self._config, self._state, cut, rank=self._rank, method=self._method)
         topic = topics.directive(self._fleet)
         self._transport.publish(topic, self._guard.seal(topic, dump(asked)), retain=True)

@@ -2,7 +2,7 @@
 
 An upload is admitted with all the bytes that it will take, so whoever is admitted can be completed. One that has not
 moved for a while keeps its room until somebody else needs it; then its chunks go, and its device, which still has the
-update, begins again. The bound of a single upload is `rounds.Policy.max_upload_bytes`.
+update, begins again. The bound of a single upload is `Policy.max_upload_bytes`.
 """
 
 from __future__ import annotations

@@ -132,6 +132,24 @@ def server(
 
 
 @app.command()
+def gateway(
+    upstream: Annotated[
+        Path, typer.Option(help="TOML file of this gateway as a device of the fleet above: its broker, keys, name.")
+    ],
+    name: Annotated[str | None, typer.Option(help="Client id in the fleet above; the host name when absent.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Folder of the subtree's durable state.")] = None,
+    insecure: Insecure = False,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    json: Json = False,
+) -> int:
+    """Serve the devices of a site, as one device of the fleet above; --config is the site's file."""
+    from edge_runtime.cli import gateway as verb
+
+    return verb.run(upstream, name, store, config, overrides or [], insecure=insecure, json=json)
+
+
+@app.command()
 def broker(
     kind: Annotated[str, typer.Option(help="nats or mosquitto.")] = "nats",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",

@@ -26,6 +26,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Count = Annotated[int, Field(ge=0, le=1 << 40)]
 Examples = Annotated[int, Field(ge=1, le=1 << 40)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+LayerName = Annotated[str, Field(max_length=256)]
 
 
 # An index as Python writes it; "007" is a name, or it would come back as "7".
@@ -66,7 +67,7 @@ class Directive(Model):
 
     phase "gather": plan and say hello. "train": fetch the bands you hold, train, offer. "finish": fetch the bands,
     make the personal adapter, report. `participants` None means everybody who said hello. `run` names one life of the
-    fleet: a server with a new store begins another.
+    fleet: a server with a new store begins another. `increments` says whether an offer may be of that kind.
     """
 
     v: Literal[1] = PROTOCOL
@@ -85,6 +86,7 @@ class Directive(Model):
     codec: str
     error_feedback: bool = False
     upload_bytes: Count | None = None
+    increments: bool = False
 
     def asks(self, client: str) -> bool:
         """Whether this device takes part in the round."""
@@ -107,7 +109,12 @@ class Hello(Model):
 
 
 class Offer(Model):
-    """A device has an update: the change of the slice it trained, from the version it received in this `run`."""
+    """A device has an update, trained from the version that it received in this `run`.
+
+    kind "slice": the blob is the change of both factors of the slice that it trained. "increment": of each layer, the
+    pair whose product is the change: what a gateway's devices changed together. `weights` names the layers that fewer
+    than `examples` were trained on, because only some of those devices train them.
+    """
 
     v: Literal[1] = PROTOCOL
     type: Literal["offer"] = "offer"
@@ -119,6 +126,8 @@ class Offer(Model):
     examples: Examples
     loss_first: Finite
     loss_last: Finite
+    kind: Literal["slice", "increment"] = "slice"
+    weights: Annotated[tuple[tuple[LayerName, Examples], ...], Field(max_length=1 << 16)] = ()
 
 
 class Losses(Model):
@@ -206,6 +215,7 @@ class Rejected(Model):
         "corrupt",
         "norm",
         "examples",
+        "kind",
         "unknown-client",
         "quota",
         "no-space",

@@ -78,19 +78,27 @@ def make(
     numbers = directions or {}
     trained = Adapter({name: take(received[name], range(pair.rank)) for name, pair in change.items()})
     wanted = feedback.wanted(change, trained, owed, numbers) if terms.error_feedback else change
-    payload, how = _packed(wanted, trained, terms, numbers)
+    payload, how = pack(wanted, trained, terms, numbers)
     sent = codec.decode(payload)
     residual = feedback.left(wanted, sent, trained, numbers) if terms.error_feedback else feedback.NONE
-    return Made(payload, sent, residual, f"{terms.codec} ({how})" if how else terms.codec)
+    return Made(payload, sent, residual, how)
 
 
-def _packed(
-    wanted: Adapter, received: Adapter, terms: Terms, directions: Mapping[str, tuple[int, ...]]
+def pack(
+    change: Adapter,
+    received: Adapter,
+    terms: Terms,
+    directions: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[bytes, str]:
-    """The blob, and what `auto` chose for it."""
+    """The blob of a change of this slice, and how it was packed, for people.
+
+    Raises:
+        WireError: as `make`.
+    """
     if terms.codec != AUTO:
-        return codec.encode(wanted, terms.codec, directions), ""
-    return _fitting(wanted, received, terms, directions)
+        return codec.encode(change, terms.codec, directions), terms.codec
+    payload, how = _fitting(change, received, terms, directions or {})
+    return payload, f"{terms.codec} ({how})"
 
 
 def _fitting(

@@ -7,6 +7,7 @@ from typing import Any
 
 from edge_runtime.errors import ConfigError, unknown_name
 from server.aggregators.increment import increment
+from server.aggregators.layers import Engine, local
 from server.aggregators.method import Aggregator
 from server.aggregators.svd import svd
 from server.aggregators.zero_pad import zero_pad
@@ -18,8 +19,8 @@ METHODS: Mapping[str, Callable[..., Aggregator]] = {
 }
 
 
-def build(method: str, **parameters: Any) -> Aggregator:
-    """The method of that name with its parameters, straight from the `[aggregator]` table.
+def build(method: str, engine: Engine = local, /, **parameters: Any) -> Aggregator:
+    """The method of that name with its parameters, straight from the `[aggregator]` table; `engine` merges its layers.
 
     Raises:
         ConfigError: no such method (lists those there are), a parameter it does not take, or a bad value.
@@ -27,6 +28,6 @@ def build(method: str, **parameters: Any) -> Aggregator:
     if method not in METHODS:
         raise ConfigError(unknown_name("aggregation method", method, METHODS))
     try:
-        return METHODS[method](**parameters)
+        return METHODS[method](engine, **parameters)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"[aggregator] method '{method}': {error}") from error

@@ -18,20 +18,23 @@ Cost for a layer of (d_out, d_in) and stacked rank R = r_g + r_tail + 2 sum r_k:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from functools import partial
 
-from edge_runtime.lora.adapter import Adapter, Pair
+from edge_runtime.lora.adapter import Pair
 from edge_runtime.lora.algebra import decompose, refill, tail_norm, to_pair
-from server.aggregators.method import Aggregator, LayerReport, Merged, State, Update, by_layer, fresh_state, prefix
+from server.aggregators.layers import Engine, LayerResult, LayerTask, local, merge_layers
+from server.aggregators.method import Aggregator, LayerReport, Merged, State, Update, fresh_state, prefix
 
 TAIL = 1.0
 """Directions kept in the tail, as a multiple of the global rank. What is beyond is lost, and reported."""
 
 
-def increment(*, tail: float = TAIL) -> Aggregator:
+def increment(engine: Engine = local, /, *, tail: float = TAIL) -> Aggregator:
     """The default method.
 
     Args:
+        engine: merges the layers.
         tail: rank of the carried tail as a multiple of the global rank; 0 carries nothing.
 
     Raises:
@@ -41,35 +44,31 @@ def increment(*, tail: float = TAIL) -> Aggregator:
         raise ValueError(f"aggregator.tail must be 0 or more; found {tail}")
 
     def combine(state: State, updates: Iterable[Update]) -> Merged:
-        layers, tails, reports = dict(state.adapter), dict(state.tail), {}
-        for name, entries in by_layer(state, updates).items():
-            layers[name], tails[name], reports[name] = _merge(state, name, entries, tail)
-        kept = Adapter({name: pair for name, pair in tails.items() if pair.rank})
-        return Merged(State(Adapter(layers), kept, state.version + 1), reports)
+        return merge_layers(state, updates, partial(merge_layer, tail=tail), engine)
 
-    return Aggregator(fresh_state, combine, prefix, lambda max_rank: 2 * max_rank, hold_more=True, exact=True)
+    return Aggregator(
+        fresh_state, combine, prefix, lambda max_rank: 2 * max_rank, hold_more=True, exact=True, increments=True
+    )
 
 
-def _merge(
-    state: State, name: str, entries: Sequence[tuple[float, Update]], tail: float
-) -> tuple[Pair, Pair, LayerReport]:
+def merge_layer(task: LayerTask, *, tail: float) -> LayerResult:
     """New global pair, new tail and report of one layer."""
-    old = state.adapter[name]
-    terms: list[tuple[float, Pair]] = [(1.0, old)]
-    if name in state.tail:
-        terms.append((1.0, state.tail[name]))
-    for share, update in entries:
-        counted = share * update.discount
-        terms += [(counted, update.trained[name]), (-counted, update.received[name])]
+    terms: list[tuple[float, Pair]] = [(1.0, task.old)]
+    if task.tail is not None:
+        terms.append((1.0, task.tail))
+    for part in task.shares:
+        counted = part.share * part.discount
+        terms += [(counted, part.trained), (-counted, part.received)]
     spectrum = decompose(terms)
-    rank, held = old.rank, spectrum.numerical_rank
+    rank, held = task.old.rank, spectrum.numerical_rank
     stop = min(held, rank + round(tail * rank))
     merged = to_pair(spectrum, 0, min(rank, held))
     report = LayerReport(
-        updates=len(entries),
+        updates=len(task.shares),
         norm=tail_norm(spectrum, 0),
         truncated=tail_norm(spectrum, rank),
         lost=tail_norm(spectrum, max(stop, rank)),
     )
     # Fresh directions must differ from those of other versions, or a direction that taught nothing would come back.
-    return refill(merged, rank, f"{state.version + 1}:{name}"), to_pair(spectrum, rank, stop), report
+    fresh = refill(merged, rank, f"{task.version}:{task.name}")
+    return LayerResult(fresh, to_pair(spectrum, rank, stop), report)

@@ -19,23 +19,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from edge_runtime.lora.adapter import Adapter
 from edge_runtime.lora.algebra import decompose, refill, tail_norm, to_pair
-from server.aggregators.method import Aggregator, LayerReport, Merged, State, Update, by_layer, fresh_state, prefix
+from server.aggregators.layers import Engine, LayerResult, LayerTask, local, merge_layers
+from server.aggregators.method import Aggregator, LayerReport, Merged, State, Update, fresh_state, prefix
 
 
-def svd() -> Aggregator:
-    """FlexLoRA's merge, factored."""
+def svd(engine: Engine = local, /) -> Aggregator:
+    """FlexLoRA's merge, factored; `engine` merges the layers."""
 
     def combine(state: State, updates: Iterable[Update]) -> Merged:
-        layers, reports = dict(state.adapter), {}
-        for name, entries in by_layer(state, updates).items():
-            rank = state.adapter[name].rank
-            spectrum = decompose((share, update.trained[name]) for share, update in entries)
-            kept = to_pair(spectrum, 0, min(rank, spectrum.numerical_rank))
-            layers[name] = refill(kept, rank, f"{state.version + 1}:{name}")
-            lost = tail_norm(spectrum, rank)
-            reports[name] = LayerReport(len(entries), tail_norm(spectrum, 0), lost, lost)
-        return Merged(State(Adapter(layers), Adapter({}), state.version + 1), reports)
+        return merge_layers(state, updates, merge_layer, engine)
 
-    return Aggregator(fresh_state, combine, prefix, lambda max_rank: max_rank, hold_more=False, exact=True)
+    return Aggregator(
+        fresh_state, combine, prefix, lambda max_rank: max_rank, hold_more=False, exact=True, increments=False
+    )
+
+
+def merge_layer(task: LayerTask) -> LayerResult:
+    """New global pair and report of one layer."""
+    rank = task.old.rank
+    spectrum = decompose((part.share, part.trained) for part in task.shares)
+    kept = to_pair(spectrum, 0, min(rank, spectrum.numerical_rank))
+    lost = tail_norm(spectrum, rank)
+    report = LayerReport(len(task.shares), tail_norm(spectrum, 0), lost, lost)
+    return LayerResult(refill(kept, rank, f"{task.version}:{task.name}"), None, report)

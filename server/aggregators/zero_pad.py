@@ -21,23 +21,28 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from edge_runtime.lora.adapter import Adapter, Pair
+from edge_runtime.lora.adapter import Pair
 from edge_runtime.lora.algebra import norm, pad
-from server.aggregators.method import Aggregator, LayerReport, Merged, State, Update, by_layer, fresh_state, prefix
+from server.aggregators.layers import Engine, LayerResult, LayerTask, local, merge_layers
+from server.aggregators.method import Aggregator, LayerReport, Merged, State, Update, fresh_state, prefix
 
 
-def zero_pad() -> Aggregator:
-    """HetLoRA's padded mean of factors."""
+def zero_pad(engine: Engine = local, /) -> Aggregator:
+    """HetLoRA's padded mean of factors; `engine` merges the layers."""
 
     def combine(state: State, updates: Iterable[Update]) -> Merged:
-        layers, reports = dict(state.adapter), {}
-        for name, entries in by_layer(state, updates).items():
-            layers[name] = _mean(state.adapter[name], [(share, update.trained[name]) for share, update in entries])
-            # Nothing is truncated; what this method loses is the covariance, which only a dense reference would show.
-            reports[name] = LayerReport(len(entries), norm(layers[name]), 0.0, 0.0)
-        return Merged(State(Adapter(layers), Adapter({}), state.version + 1), reports)
+        return merge_layers(state, updates, merge_layer, engine)
 
-    return Aggregator(fresh_state, combine, prefix, lambda max_rank: max_rank, hold_more=False, exact=False)
+    return Aggregator(
+        fresh_state, combine, prefix, lambda max_rank: max_rank, hold_more=False, exact=False, increments=False
+    )
+
+
+def merge_layer(task: LayerTask) -> LayerResult:
+    """New global pair and report of one layer."""
+    mean = _mean(task.old, [(part.share, part.trained) for part in task.shares])
+    # Nothing is truncated; what this method loses is the covariance, which only a dense reference would show.
+    return LayerResult(mean, None, LayerReport(len(task.shares), norm(mean), 0.0, 0.0))
 
 
 def _mean(old: Pair, entries: Sequence[tuple[float, Pair]]) -> Pair:

@@ -7,6 +7,7 @@ from typing import Any
 
 from edge_runtime.wire.messages import Accepted, Hello, Offer, Rejected, Report, Welcome, group
 from server import rounds
+from server.policy import Policy
 from server.rounds import (
     Action,
     Announce,
@@ -15,7 +16,6 @@ from server.rounds import (
     Merge,
     MergeDone,
     Moved,
-    Policy,
     PresenceChanged,
     Refused,
     Reply,

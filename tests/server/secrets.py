@@ -19,13 +19,14 @@ FLEET = "fleet"
 class Secrets:
     """Keys of a server and of devices, their roster, and a ledger for each of them, in a folder."""
 
-    def __init__(self, folder: Path, *names: str) -> None:
+    def __init__(self, folder: Path, *names: str, fleet: str = FLEET) -> None:
+        self.fleet = fleet
         self.folder, self.now = folder, 1_790_000_000_000_000
         self.server = SigningKey.from_seed(b"s" * 32)
         self.devices = {name: SigningKey.from_seed(name.encode().ljust(32, b"-")) for name in names}
         self.path = folder / "roster.json"
         rosters.write(
-            self.path, Roster(fleet=FLEET, devices={n: Entry(key=k.public.hex()) for n, k in self.devices.items()})
+            self.path, Roster(fleet=fleet, devices={n: Entry(key=k.public.hex()) for n, k in self.devices.items()})
         )
         self.roster = RosterFile(self.path)
 
@@ -45,11 +46,11 @@ class Secrets:
 
     def of_server(self, ledger: Ledger | None = None) -> ServerGuard:
         """The server's guard."""
-        return ServerGuard(FLEET, self.server, RosterFile(self.path), ledger or self._ledger("server"))
+        return ServerGuard(self.fleet, self.server, RosterFile(self.path), ledger or self._ledger("server"))
 
     def of_device(self, name: str, ledger: Ledger | None = None, key: SigningKey | None = None) -> DeviceGuard:
         """A device's guard."""
-        return DeviceGuard(FLEET, key or self.devices[name], [self.server.public], ledger or self._ledger(name))
+        return DeviceGuard(self.fleet, key or self.devices[name], [self.server.public], ledger or self._ledger(name))
 
     def _ledger(self, name: str) -> Ledger:
         return Ledger(self.folder / f"{name}.ledger", lambda: self.now)

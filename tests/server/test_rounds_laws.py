@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.policy import Policy
 from server.rounds import (
     Heard,
-    Policy,
     PresenceChanged,
     Stage,
     Stored,

@@ -1,0 +1,113 @@
+"""Versions of the global adapter: the first one, and what a round makes of the one before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from threadpoolctl import threadpool_limits
+
+from edge_runtime.config import Config
+from edge_runtime.errors import AggregationError
+from edge_runtime.wire import codec
+from edge_runtime.wire.messages import Offer, ungroup
+from server import rounds
+from server.aggregators.method import Aggregator, Merged, Update, load_state, save_state
+from server.downlink import Downlink
+from server.slices import update_of
+from server.store import Store, StoredVersion
+
+DECODED = 8
+"""Bytes that an upload may decompress to, and a global adapter may have, as a multiple of `wire.max_upload_bytes`."""
+
+
+class Next(NamedTuple):
+    """A version that is not stored yet: with its bands' payloads, and what is recorded of the merge that made it."""
+
+    version: StoredVersion
+    payloads: list[bytes]
+    event: dict[str, Any]
+
+
+class Merging:
+    """What is merged in one fleet, and from what.
+
+    Args:
+        config: the fleet's file.
+        method: that it names.
+        rank: of the global adapter.
+        store: opened.
+        downlink: of the fleet.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        method: Aggregator,
+        rank: int,
+        *,
+        store: Store,
+        downlink: Downlink,
+        clock: Callable[[], float],
+    ) -> None:
+        self._config, self._method, self._rank = config, method, rank
+        self._store, self._downlink, self._clock = store, downlink, clock
+
+    def update(self, offer: Offer, payload: bytes) -> Update:
+        """What an upload says.
+
+        Raises:
+            WireError: its payload does not decode, or is of no slice of the version that its offer names.
+        """
+        change, directions = codec.decode_slice(payload, limit=DECODED * self._config.wire.max_upload_bytes)
+        return update_of(offer, change, self._downlink.received(offer.version), directions)
+
+    def updates(self, number: int) -> Iterator[Update]:
+        """The stored updates of a round, by device, one in memory at a time."""
+        for offer, payload in self._store.updates(number):
+            yield self.update(offer, payload)
+
+    def version(self, state: rounds.State) -> StoredVersion:
+        """The version that the rounds stand at; the first one is made when the fleet's shapes are known.
+
+        Raises:
+            AggregationError: it is not in the store.
+        """
+        stored = self._store.version(state.version)
+        if stored is not None:
+            return stored
+        if state.version != 0 or not state.members:
+            raise AggregationError(f"version {state.version} is not in the store; restore the store from a backup")
+        shapes = ungroup(next(iter(state.members.values())).hello.groups).shapes
+        fresh = self._method.init(shapes, self._rank, self._config.training.seed)
+        version, payloads = self._downlink.cut(0, save_state(fresh), fresh.adapter)
+        self._store.save_version(version, payloads)
+        return version
+
+    def next(self, state: rounds.State) -> Next:
+        """The version that the updates of the round make.
+
+        Raises:
+            AggregationError: updates that do not fit together.
+        """
+        base = load_state(self.version(state).state)
+        started = self._clock()
+        # The products are thin: BLAS threads gain nothing, and on busy cores they wait for each other (decision 0004).
+        with threadpool_limits(1):
+            merged = self._method.combine(base, self.updates(state.round))
+        version, payloads = self._downlink.cut(state.version + 1, save_state(merged.state), merged.state.adapter)
+        sizes = [len(payload) for payload in payloads]
+        facts = {"seconds": self._clock() - started, "band_bytes": sizes}
+        return Next(version, payloads, {"event": "merge", "round": state.round, **merge_facts(merged), **facts})
+
+
+def merge_facts(merged: Merged) -> dict[str, Any]:
+    """What is recorded of any merge: the errors of all layers together, and of each."""
+    return {
+        "version": merged.state.version,
+        "truncation": merged.truncation,
+        "lost": sum(layer.lost**2 for layer in merged.layers.values()) ** 0.5,
+        "norm": sum(layer.norm**2 for layer in merged.layers.values()) ** 0.5,
+        "layers": {name: vars(layer) for name, layer in merged.layers.items()},
+    }
