@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from threadpoolctl import threadpool_limits
@@ -31,7 +31,7 @@ from edge_runtime.wire.messages import (
     ungroup,
 )
 from edge_runtime.wire.transport import Delivery, Transport
-from server import aggregators, rounds, screening
+from server import aggregators, merging, rounds, screening
 from server.aggregators.method import Update, load_state, save_state
 from server.directing import directive_of
 from server.downlink import Downlink
@@ -339,35 +339,35 @@ class Service:
         topic = topics.down(self._fleet, client)
         self._transport.publish(topic, self._guard.seal(topic, dump(message)))
 
-    def _updates(self, number: int) -> Iterator[Update]:
-        for offer, payload in self._store.updates(number):
-            yield self._update(offer, payload)
-
     def _merge(self, number: int) -> None:
         if (self._state.phase, self._state.round) != ("merging", number):
             return  # done already; a second time, the same updates would be added to their own outcome
         base = self._version(self._state.version)
         started = self._clock()
-        # The products are thin: BLAS threads gain nothing, and on busy cores they wait for each other (decision 0004).
-        with threadpool_limits(1):
-            merged = self._method.combine(load_state(base.state), self._updates(number))
+        updates = (self._update(offer, payload) for offer, payload in self._store.updates(number))
+        merged = merging.attempt(self._method, load_state(base.state), updates)
+        if isinstance(merged, AggregationError):
+            self._give_up(number, merged)
+            return
         version, payloads = self._downlink.cut(self._state.version + 1, save_state(merged.state), merged.state.adapter)
-        lost = sum(layer.lost**2 for layer in merged.layers.values()) ** 0.5
-        event = {
-            "event": "merge", "round": number, "version": version.version, "truncation": merged.truncation,
-            "lost": lost, "norm": sum(layer.norm**2 for layer in merged.layers.values()) ** 0.5,
-            "seconds": self._clock() - started, "band_bytes": [len(payload) for payload in payloads],
-            "layers": {name: vars(layer) for name, layer in merged.layers.items()},
-        }  # fmt: skip
+        sizes = [len(payload) for payload in payloads]
+        event = merging.event(number, version.version, merged, seconds=self._clock() - started, band_bytes=sizes)
 
         def persist(state: str) -> None:
             self._store.save_version(version, payloads, state, event)
-            self._say(
-                f"round {number}: merged into version {version.version}, truncation error {merged.truncation:.2%}"
-            )
+            for said in merging.said(number, version.version, merged):
+                self._say(said)
+            self._journal.refused("excluded", len(merged.excluded))
 
         self._apply(rounds.MergeDone(version.version), persist)
         self._clear()
+
+    def _give_up(self, number: int, error: AggregationError) -> None:
+        """Close a round whose updates cannot be merged; nothing of them is applied."""
+        self._journal.refused("merge")
+        self._say(f"round {number}: not merged, version {self._state.version} stays: {error}")
+        event = {"event": "merge refused", "round": number, "reason": str(error)}
+        self._apply(rounds.MergeRefused(), lambda state: self._store.close_round(state, event))
 
     def _clear(self) -> None:
         # The version before the last one has no reader left: its devices were answered when their round closed.
