@@ -7,7 +7,7 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from edge_runtime.errors import AggregationError
+from edge_runtime.errors import AggregationError, ConfigError
 from server.aggregators.method import Aggregator, Merged, State, Update
 
 
@@ -19,6 +19,23 @@ def attempt(method: Aggregator, state: State, updates: Iterable[Update]) -> Merg
             return method.combine(state, updates)
     except AggregationError as error:
         return error
+
+
+def check_least(method: Aggregator, available: int) -> None:
+    """See at the start whether a round of the smallest fleet can be merged at all.
+
+    Args:
+        method: of the fleet.
+        available: devices that the first round asks, at least.
+
+    Raises:
+        ConfigError: the method needs more updates than that.
+    """
+    if available < method.least:
+        raise ConfigError(
+            f"[aggregator] needs {method.least} updates a round; [rounds] min_available_nodes and fraction_train "
+            f"begin with {available}; raise them, or lower [aggregator] byzantine"
+        )
 
 
 def event(number: int, version: int, merged: Merged, *, seconds: float, band_bytes: Sequence[int]) -> Mapping[str, Any]:

@@ -35,7 +35,7 @@ from server import aggregators, merging, rounds, screening
 from server.aggregators.method import Update, load_state, save_state
 from server.directing import directive_of
 from server.downlink import Downlink
-from server.fleet import unbearable
+from server.fleet import first_asked, unbearable
 from server.journal import Journal
 from server.resuming import Resuming
 from server.shortage import Shortage, blob_of, said_once
@@ -80,6 +80,7 @@ class Service:
         self._say, self._clock = say, clock
         extra = config.aggregator.model_extra or {}
         self._method = aggregators.build(config.aggregator.method, **extra)
+        merging.check_least(self._method, first_asked(config.rounds))
         self._rank = config.aggregator.rank or self._method.server_rank(config.adapter.max_rank)
         for name, bits in ((config.wire.codec_up, update.bits_up), (config.wire.codec_down, update.bits_down)):
             bits(name)  # raises for a codec that there is not
@@ -363,7 +364,6 @@ class Service:
         self._clear()
 
     def _give_up(self, number: int, error: AggregationError) -> None:
-        """Close a round whose updates cannot be merged; nothing of them is applied."""
         self._journal.refused("merge")
         self._say(f"round {number}: not merged, version {self._state.version} stays: {error}")
         event = {"event": "merge refused", "round": number, "reason": str(error)}

@@ -116,6 +116,7 @@ class Aggregator(NamedTuple):
         hold_more: whether devices may hold directions that they do not train. Methods that average absolute products
             or factors must see everything that a device holds, so they say no.
         exact: whether the merge equals the weighted mean of products, up to the reported truncation.
+        least: fewest updates that a merge takes.
     """
 
     init: Callable[[Shapes, int, int], State]
@@ -124,6 +125,7 @@ class Aggregator(NamedTuple):
     server_rank: Callable[[int], int]
     hold_more: bool
     exact: bool
+    least: int = 1
 
 
 def fresh_state(shapes: Shapes, rank: int, seed: int) -> State:
