@@ -117,7 +117,7 @@ class Adapter(Section):
 
 
 class Aggregator(BaseModel):
-    """How updates are merged; keys beside `method` go to that method's builder."""
+    """How updates are merged; `robust` names a rule; other keys go to the builders."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 
+from edge_runtime.config import Rounds
 from edge_runtime.wire.messages import Hello, Model, Rejected, ungroup
 
 
@@ -125,6 +126,11 @@ def choose(members: Mapping[str, Member], fraction: float, round_number: int, se
     ranked = ranking(members, round_number, seed)
     count = max(1, math.ceil(fraction * len(ranked))) if ranked else 0
     return tuple(sorted(ranked[:count]))
+
+
+def first_asked(policy: Rounds) -> int:
+    """How many devices the first round of the smallest fleet asks; see `choose`."""
+    return max(1, math.ceil(policy.fraction_train * policy.min_available_nodes))
 
 
 def ranking(members: Mapping[str, Member], round_number: int, seed: int) -> list[str]:

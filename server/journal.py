@@ -36,9 +36,10 @@ class Journal:
         """Record something that nobody misses if it is lost, such as a device's report."""
         self._written(event)
 
-    def refused(self, code: str) -> None:
-        """Count a refusal."""
-        self._refused[code] += 1
+    def refused(self, code: str, times: int = 1) -> None:
+        """Count a refusal, or so many."""
+        if times:
+            self._refused[code] += times
 
     def dropped(self, what: str, code: str = "malformed") -> None:
         """Count a message that meant nothing, and say it unless there are too many."""

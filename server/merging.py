@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from threadpoolctl import threadpool_limits
-
 from edge_runtime.config import Config
 from edge_runtime.errors import AggregationError
 from edge_runtime.wire import codec
-from edge_runtime.wire.messages import Offer, ungroup
+from edge_runtime.wire.messages import Hello, Offer, ungroup
 from server import rounds
 from server.aggregators.method import Aggregator, Merged, Update, load_state, save_state
 from server.downlink import Downlink
+from server.fleet import unbearable
+from server.outcome import attempt
 from server.slices import update_of
 from server.store import Store, StoredVersion
 
 DECODED = 8
 """Bytes that an upload may decompress to, and a global adapter may have, as a multiple of `wire.max_upload_bytes`."""
+HARMLESS = 64 << 20
+"""Bytes of a global adapter that any server bears."""
 
 
 class Next(NamedTuple):
@@ -27,6 +29,7 @@ class Next(NamedTuple):
     version: StoredVersion
     payloads: list[bytes]
     event: dict[str, Any]
+    merged: Merged
 
 
 class Merging:
@@ -53,6 +56,10 @@ class Merging:
     ) -> None:
         self._config, self._method, self._rank = config, method, rank
         self._store, self._downlink, self._clock = store, downlink, clock
+
+    def unbearable(self, hello: Hello) -> str:
+        """Why this server could not bear the global adapter that a device's layers make, or ''."""
+        return unbearable(hello, self._rank, max(DECODED * self._config.wire.max_upload_bytes, HARMLESS))
 
     def update(self, offer: Offer, payload: bytes) -> Update:
         """What an upload says.
@@ -85,21 +92,21 @@ class Merging:
         self._store.save_version(version, payloads)
         return version
 
-    def next(self, state: rounds.State) -> Next:
-        """The version that the updates of the round make.
+    def next(self, state: rounds.State) -> Next | AggregationError:
+        """The version that the updates of the round make, or why they make none.
 
         Raises:
-            AggregationError: updates that do not fit together.
+            AggregationError: the version that the round began with is not in the store.
         """
         base = load_state(self.version(state).state)
         started = self._clock()
-        # The products are thin: BLAS threads gain nothing, and on busy cores they wait for each other (decision 0004).
-        with threadpool_limits(1):
-            merged = self._method.combine(base, self.updates(state.round))
+        merged = attempt(self._method, base, self.updates(state.round))
+        if isinstance(merged, AggregationError):
+            return merged
         version, payloads = self._downlink.cut(state.version + 1, save_state(merged.state), merged.state.adapter)
         sizes = [len(payload) for payload in payloads]
         facts = {"seconds": self._clock() - started, "band_bytes": sizes}
-        return Next(version, payloads, {"event": "merge", "round": state.round, **merge_facts(merged), **facts})
+        return Next(version, payloads, {"event": "merge", "round": state.round, **merge_facts(merged), **facts}, merged)
 
 
 def merge_facts(merged: Merged) -> dict[str, Any]:
@@ -109,5 +116,6 @@ def merge_facts(merged: Merged) -> dict[str, Any]:
         "truncation": merged.truncation,
         "lost": sum(layer.lost**2 for layer in merged.layers.values()) ** 0.5,
         "norm": sum(layer.norm**2 for layer in merged.layers.values()) ** 0.5,
+        "excluded": dict(merged.excluded),
         "layers": {name: vars(layer) for name, layer in merged.layers.items()},
     }

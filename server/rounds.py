@@ -112,11 +112,16 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class MergeRefused:
+    """The updates of the open round cannot be merged; it closes with the version that it began with."""
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time passed."""
 
 
-Event = Heard | PresenceChanged | Stored | Refused | Moved | MergeDone | Asked | Tick
+Event = Heard | PresenceChanged | Stored | Refused | Moved | MergeDone | MergeRefused | Asked | Tick
 
 # ── actions ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -196,7 +201,8 @@ def step(state: State, event: Event, now: float, policy: Policy) -> tuple[State,
             state, actions = _stored(state, offer)
         case Refused(offer, reply):
             state, actions = _refused(state, offer, reply)
-        case MergeDone(version) | Asked(version=version):
+        case MergeDone() | MergeRefused() | Asked():
+            version = state.version if isinstance(event, MergeRefused) else event.version
             state = state.model_copy(update={"version": version, "phase": "train", "progress_at": now})
             return _next_round(state, actions, policy, event)
         case Moved(whole):
@@ -235,7 +241,9 @@ def _not_asked(state: State, client: str) -> State:
 
 
 def _offer(state: State, offer: Offer, policy: Policy) -> tuple[State, list[Action]]:
-    if offer.blob.sha256 in {state.stored.get(offer.client), state.merged.get(offer.client)}:
+    # After a refused merge a device trains from the same version, and may well send the same bytes for another round.
+    settled = state.stored if offer.round == state.round else {**state.merged, **state.stored}
+    if settled.get(offer.client) == offer.blob.sha256:
         return state, [Reply(offer.client, Accepted(sha256=offer.blob.sha256, round=offer.round))]
     if offer.client in state.members and offer.round == state.round:
         state = _asked_too(state, offer.client, policy)
@@ -331,11 +339,8 @@ def _advance(state: State, actions: list[Action], now: float, policy: Policy) ->
         case "finish":
             absent = [name for name, member in state.members.items() if name not in state.ended and member.online]
             if not absent or stalled:
-                return state.model_copy(update={"phase": "over"}), [
-                    *actions,
-                    Announce(),
-                    Note("the fleet has finished"),
-                ]
+                over = state.model_copy(update={"phase": "over"})
+                return over, [*actions, Announce(), Note("the fleet has finished")]
         case "merging" | "over":
             pass
     return state, actions
@@ -385,7 +390,7 @@ def _next_round(
     state = state.model_copy(update={"round": number, "merged": {**state.merged, **state.stored}})
     if last:
         state = state.model_copy(update={"phase": "finish", "asked": (), "stored": {}})
-        return state, [*actions, Announce(), Note(f"all {number} rounds are merged; devices finish")]
+        return state, [*actions, Announce(), Note(f"all {number} rounds are over; devices finish")]
     remaining = {name: member for name, member in state.members.items() if name not in state.ended}
     asked = choose(remaining, policy.fraction_train, number, policy.seed)
     state = state.model_copy(update={"phase": "train", "asked": asked, "stored": {}})

@@ -31,22 +31,17 @@ from edge_runtime.wire.messages import (
     load,
 )
 from edge_runtime.wire.transport import Delivery, Transport
-from server import aggregators, engines, rounds, screening
+from server import aggregators, engines, outcome, rounds, screening
 from server.aggregators.method import Update
 from server.directing import directive_of
 from server.downlink import Downlink
-from server.fleet import unbearable
 from server.journal import Journal
-from server.merging import DECODED, Merging
+from server.merging import Merging
 from server.policy import policy_of
 from server.resuming import Resuming
 from server.shortage import Shortage, blob_of, said_once
 from server.staging import Staging
 from server.store import Store, StoredVersion
-
-HARMLESS = 64 << 20
-"""Bytes of a global adapter that any server bears."""
-
 
 Lead = Callable[[rounds.State, tuple[Band, ...]], Directive]
 """Given the bands of its version, what a fleet behind a gateway is asked for."""
@@ -86,6 +81,7 @@ class Service:
         extra = config.aggregator.model_extra or {}
         engine = engines.build(config.server, say)
         self._method = aggregators.build(config.aggregator.method, engine, **extra)
+        outcome.check_least(self._method, config.rounds)
         self._rank = config.aggregator.rank or self._method.server_rank(config.adapter.max_rank)
         for name, bits in ((config.wire.codec_up, update.bits_up), (config.wire.codec_down, update.bits_down)):
             bits(name)  # raises for a codec that there is not
@@ -241,8 +237,7 @@ class Service:
                 if isinstance(message, Report) and client in self._state.members:
                     self._journal.note({"event": "report", **message.model_dump(mode="json", exclude_none=True)})
                 elif isinstance(message, Hello):
-                    most = max(DECODED * self._config.wire.max_upload_bytes, HARMLESS)
-                    problem = unbearable(message, self._rank, most)
+                    problem = self._merging.unbearable(message)
                     if problem:
                         self._perform([rounds.Reply(client, Rejected(code="shape", reason=problem))])
                         raise CorruptPayloadError(f"'{client}': {problem}")
@@ -288,10 +283,7 @@ class Service:
         if problem:
             self._refuse(offer, "norm", problem)
             return
-        event = {
-            "event": "update", "round": offer.round, "client": offer.client, "bytes": offer.blob.size,
-            "examples": offer.examples, "loss_first": offer.loss_first, "loss_last": offer.loss_last, "norm": norm,
-        }  # fmt: skip
+        event = outcome.stored(offer, norm)
         self._apply(
             rounds.Stored(offer),
             lambda state: self._store.accept(offer, payload, state, norm=norm, event=event),
@@ -367,15 +359,26 @@ class Service:
             return  # done already; a second time, the same updates would be added to their own outcome
         if self._lead is not None:
             return  # the gateway reduces them; the fleet above makes the next version
-        version, payloads, event = self._merging.next(self._state)
+        made = self._merging.next(self._state)
+        if isinstance(made, AggregationError):
+            self._give_up(number, made)
+            return
+        version, payloads, event, merged = made
 
         def persist(state: str) -> None:
             self._store.save_version(version, payloads, state, event)
-            error = f"truncation error {event['truncation']:.2%}"
-            self._say(f"round {number}: merged into version {version.version}, {error}")
+            for said in outcome.said(number, version.version, merged):
+                self._say(said)
+            self._journal.refused("excluded", len(merged.excluded))
 
         self._apply(rounds.MergeDone(version.version), persist)
         self._clear()
+
+    def _give_up(self, number: int, error: AggregationError) -> None:
+        self._journal.refused("merge")
+        self._say(f"round {number}: not merged, version {self._state.version} stays: {error}")
+        event = {"event": "merge refused", "round": number, "reason": str(error)}
+        self._apply(rounds.MergeRefused(), lambda state: self._store.close_round(state, event))
 
     def _clear(self) -> None:
         # The version before the last one has no reader left: its devices were answered when their round closed.

@@ -108,9 +108,13 @@ class Store:
             for band, payload in zip(version.bands, payloads, strict=True):
                 self._db.execute("INSERT OR REPLACE INTO blobs VALUES (?, ?)", (band.blob.sha256, payload))
             if rounds is not None:
-                self._put_rounds(rounds)
-                self._db.execute("DELETE FROM chunks")
-                self._db.execute("DELETE FROM offers")
+                self._close_round(rounds)
+            self._put_event(event)
+
+    def close_round(self, rounds: str, event: Event) -> None:
+        """Remember that a round closed without a new version: the rounds' state that follows, all or nothing."""
+        with self._transaction():
+            self._close_round(rounds)
             self._put_event(event)
 
     def recut(self, version: StoredVersion) -> None:
@@ -292,6 +296,11 @@ class Store:
     def _forget(self, offer: Offer) -> None:
         self._db.execute("DELETE FROM chunks WHERE client = ?", (offer.client,))
         self._db.execute("DELETE FROM offers WHERE client = ?", (offer.client,))
+
+    def _close_round(self, rounds: str) -> None:
+        self._put_rounds(rounds)
+        self._db.execute("DELETE FROM chunks")
+        self._db.execute("DELETE FROM offers")
 
     def _put_rounds(self, state: str) -> None:
         self._db.execute("INSERT OR REPLACE INTO rounds VALUES (1, ?)", (state,))

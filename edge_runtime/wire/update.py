@@ -75,7 +75,7 @@ def make(
         WireError: the change holds NaN, infinity, or a number that the codec cannot.
         UnknownCodecError: a codec that this version does not have.
     """
-    numbers = directions or {}
+    numbers = {name: found for name, found in (directions or {}).items() if name in change}
     trained = Adapter({name: take(received[name], range(pair.rank)) for name, pair in change.items()})
     wanted = feedback.wanted(change, trained, owed, numbers) if terms.error_feedback else change
     payload, how = pack(wanted, trained, terms, numbers)

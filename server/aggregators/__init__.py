@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ from edge_runtime.errors import ConfigError, unknown_name
 from server.aggregators.increment import increment
 from server.aggregators.layers import Engine, local
 from server.aggregators.method import Aggregator
+from server.aggregators.robust import ROBUST
+from server.aggregators.robust.guarding import guarded
 from server.aggregators.svd import svd
 from server.aggregators.zero_pad import zero_pad
 
@@ -19,15 +22,31 @@ METHODS: Mapping[str, Callable[..., Aggregator]] = {
 }
 
 
-def build(method: str, engine: Engine = local, /, **parameters: Any) -> Aggregator:
-    """The method of that name with its parameters, straight from the `[aggregator]` table; `engine` merges its layers.
+def build(method: str, engine: Engine = local, /, *, robust: str | None = None, **parameters: Any) -> Aggregator:
+    """The method of that name behind the robust rule of that name, straight from the `[aggregator]` table.
+
+    Args:
+        method: see METHODS.
+        engine: merges its layers.
+        robust: see ROBUST; None for no rule.
+        parameters: of the rule, where it takes one of that name; of the method otherwise.
 
     Raises:
-        ConfigError: no such method (lists those there are), a parameter it does not take, or a bad value.
+        ConfigError: no such method or rule (lists those there are), a parameter neither takes, or a bad value.
     """
     if method not in METHODS:
         raise ConfigError(unknown_name("aggregation method", method, METHODS))
+    if robust is not None and robust not in ROBUST:
+        raise ConfigError(unknown_name("robust rule", str(robust), ROBUST))
+    taken = inspect.signature(ROBUST[robust]).parameters if robust else {}
     try:
-        return METHODS[method](engine, **parameters)
+        merging = METHODS[method](engine, **{name: value for name, value in parameters.items() if name not in taken})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"[aggregator] method '{method}': {error}") from error
+    if robust is None:
+        return merging
+    try:
+        rule = ROBUST[robust](**{name: value for name, value in parameters.items() if name in taken})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"[aggregator] robust rule '{robust}': {error}") from error
+    return guarded(merging, robust, rule)

@@ -118,6 +118,7 @@ class Aggregator(NamedTuple):
         exact: whether the merge equals the weighted mean of products, up to the reported truncation.
         increments: whether an update counts as a change of the product, so that it may be one of no slice in
             particular, such as a gateway's.
+        least: fewest updates that a merge takes.
     """
 
     init: Callable[[Shapes, int, int], State]
@@ -127,6 +128,7 @@ class Aggregator(NamedTuple):
     hold_more: bool
     exact: bool
     increments: bool
+    least: int = 1
 
 
 def fresh_state(shapes: Shapes, rank: int, seed: int) -> State:

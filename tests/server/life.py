@@ -15,6 +15,7 @@ from server.rounds import (
     Heard,
     Merge,
     MergeDone,
+    MergeRefused,
     Moved,
     PresenceChanged,
     Refused,
@@ -99,6 +100,15 @@ class Life:
         self.pending_merge = 0
         self.happen(MergeDone(self.state.version + 1))
 
+    def current(self, client: str, round_number: int | None = None, **changes: Any) -> Offer:
+        """An offer trained from the version that is current."""
+        number = max(1, self.state.round if round_number is None else round_number)
+        return offer(client, number, **changes).model_copy(update={"version": self.state.version})
+
+    def merge_refused(self) -> None:
+        self.pending_merge = 0
+        self.happen(MergeRefused())
+
     def move(self, kind: str, who: int, how: int) -> None:
         """One random event, as far as it can happen now."""
         client = CLIENTS[who]
@@ -107,6 +117,8 @@ class Life:
                 self.restart()
             case "merged" if self.pending_merge:
                 self.merge_done()
+            case "unmergeable" if self.pending_merge:
+                self.merge_refused()
             case "tick":
                 self.now += (0.5, TIMEOUT / 2, TIMEOUT + 1)[how % 3]
                 self.happen(Tick())
@@ -129,7 +141,7 @@ class Life:
         payload = b"x" * 2000 if how == 5 else f"{client} {number} {how % 2}".encode()
         events: dict[str, Event] = {
             "hello": Heard(hello(client, examples=1 + how // 2)),
-            "offer": Heard(offer(client, max(1, number), payload=payload)),
+            "offer": Heard(self.current(client, number, payload=payload)),
             "report": Heard(report(client, ("training", "done", "failed", "planned", "offering", "exporting")[how])),
             "presence": PresenceChanged(client, online=how % 2 == 0),
             "stranger": Heard(self.of_stranger(how)),
@@ -157,14 +169,14 @@ def check_step(
     assert after.phase in path
     if after.round != before.round:
         assert after.round == before.round + 1
-        assert before.phase == "gather" or isinstance(event, MergeDone)
+        assert before.phase == "gather" or isinstance(event, MergeDone | MergeRefused)
     if isinstance(event, MergeDone):
         assert after.version == event.version
     else:
         assert after.version == before.version
     if after.round == before.round and after.phase != "finish":
         assert before.stored.items() <= after.stored.items(), "a stored update is lost"
-    assert set(after.stored) >= set(before.stored) or isinstance(event, MergeDone)
+    assert set(after.stored) >= set(before.stored) or isinstance(event, MergeDone | MergeRefused)
     assert set(after.asked) <= set(after.members)
     assert list(after.asked) == sorted(set(after.asked))
     if (after.phase, after.round) != (before.phase, before.round) and after.phase != "merging":

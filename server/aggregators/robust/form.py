@@ -1,0 +1,55 @@
+"""How an update that a rule has changed is said to a method, which reads updates in a form of its own.
+
+What must come out is the product R_k + c (B_k A_k - R_k). A method that adds increments multiplies by the discount. One
+that averages products gets the two terms side by side, at twice the rank. One that averages factors gets a pair of the
+old rank in a canonical form: orthonormal rows of `a`, rotated onto the slice that the device received. Such a method
+depends on the factorisation, and a device that sends (B M, M^-1 A) with a huge M would ruin the mean of `a` with a
+product that looks like everybody's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from edge_runtime.lora.adapter import Adapter, Pair
+from edge_runtime.lora.algebra import ROW_NORM, decompose, pad, to_pair
+from edge_runtime.lora.rotation import align
+from server.aggregators.method import Aggregator, Update
+
+
+def scaled(method: Aggregator, update: Update, factor: float) -> Update:
+    """The update whose increment is `factor` times as large, as this method reads it."""
+    if method.hold_more:
+        return replace(update, discount=update.discount * factor)
+    if method.exact:
+        return update if factor == 1.0 else _side_by_side(update, factor)
+    trained = {name: canonical(update.received[name], pair, factor) for name, pair in update.trained.items()}
+    return replace(update, trained=Adapter(trained))
+
+
+def _side_by_side(update: Update, factor: float) -> Update:
+    received, trained = {}, {}
+    for name, after in update.trained.items():
+        before = update.received[name]
+        b = np.concatenate([factor * after.b, (1.0 - factor) * before.b], axis=1).astype(np.float32)
+        trained[name] = Pair(np.concatenate([after.a, before.a]), b)
+        received[name] = pad(before, trained[name].rank)
+    return replace(update, received=Adapter(received), trained=Adapter(trained))
+
+
+def canonical(received: Pair, trained: Pair, factor: float = 1.0) -> Pair:
+    """The pair of `received`'s rank nearest to the product R + factor (B A - R), rotated onto `received`.
+
+    Directions without a product keep the rows that the device received, as far as they are free.
+    """
+    spectrum = decompose([(factor, trained), (1.0 - factor, received)])
+    found = to_pair(spectrum, 0, min(received.rank, spectrum.numerical_rank))
+    wide = received.a.astype(np.float64)
+    rows = found.a.astype(np.float64) / ROW_NORM
+    _, _, rest = np.linalg.svd(wide - (wide @ rows.T) @ rows, full_matrices=False)
+    free = (ROW_NORM * rest[: received.rank - found.rank]).astype(np.float32)
+    whole = Pair(np.concatenate([found.a, free]), pad(found, received.rank).b)
+    turn = align(received, whole).rotation
+    return Pair((turn @ whole.a).astype(np.float32), (whole.b @ turn.T).astype(np.float32))

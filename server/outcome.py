@@ -1,0 +1,56 @@
+"""A merge as the service performs it: seen to be possible, tried, and said to people. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from threadpoolctl import threadpool_limits
+
+from edge_runtime.config import Rounds
+from edge_runtime.errors import AggregationError, ConfigError
+from edge_runtime.wire.messages import Offer
+from server.aggregators.method import Aggregator, Merged, State, Update
+from server.fleet import first_asked
+
+
+def attempt(method: Aggregator, state: State, updates: Iterable[Update]) -> Merged | AggregationError:
+    """The merge, or why the method refuses these updates: the round then closes with the version it began with."""
+    try:
+        # The products are thin: BLAS threads gain nothing, and on busy cores they wait for each other (decision 0004).
+        with threadpool_limits(1):
+            return method.combine(state, updates)
+    except AggregationError as error:
+        return error
+
+
+def check_least(method: Aggregator, rounds: Rounds) -> None:
+    """See at the start whether a round of the smallest fleet can be merged at all.
+
+    Args:
+        method: of the fleet.
+        rounds: of the fleet's file.
+
+    Raises:
+        ConfigError: the method needs more updates than that.
+    """
+    available = first_asked(rounds)
+    if available < method.least:
+        raise ConfigError(
+            f"[aggregator] needs {method.least} updates a round; [rounds] min_available_nodes and fraction_train "
+            f"begin with {available}; raise them, or lower [aggregator] byzantine"
+        )
+
+
+def stored(offer: Offer, norm: float) -> Mapping[str, Any]:
+    """What is written down of an update that was stored, which moves the model by `norm`."""
+    return {
+        "event": "update", "round": offer.round, "client": offer.client, "bytes": offer.blob.size,
+        "examples": offer.examples, "loss_first": offer.loss_first, "loss_last": offer.loss_last, "norm": norm,
+    }  # fmt: skip
+
+
+def said(number: int, version: int, merged: Merged) -> list[str]:
+    """The same for people: one line, and one for each update that was left out."""
+    first = f"round {number}: merged into version {version}, truncation error {merged.truncation:.2%}"
+    return [first, *(f"round {number}: left out '{name}': {why}" for name, why in sorted(merged.excluded.items()))]
