@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from threadpoolctl import threadpool_limits
@@ -32,11 +32,12 @@ from edge_runtime.wire.messages import (
 )
 from edge_runtime.wire.transport import Delivery, Transport
 from server import aggregators, rounds, screening
-from server.aggregators.method import Update, load_state, save_state
+from server.aggregators.method import Update, save_state
 from server.directing import directive_of
 from server.downlink import Downlink
 from server.fleet import unbearable
 from server.journal import Journal
+from server.merging import merge_round, told
 from server.resuming import Resuming
 from server.shortage import Shortage, blob_of, said_once
 from server.slices import update_of
@@ -94,6 +95,7 @@ class Service:
         own = config.server
         self._journal = Journal(store, record, say)
         self._staging = Staging(store, clock, most=own.max_staged_bytes, timeout=own.upload_timeout)
+        self._most = DECODED * config.wire.max_upload_bytes
         self._limits = screening.Limits(own.max_norm_ratio, own.max_update_norm)
         self._shortage = Shortage(clock, say)
         self._fleet = config.fleet.name
@@ -218,8 +220,7 @@ class Service:
                 if isinstance(message, Report) and client in self._state.members:
                     self._journal.note({"event": "report", **message.model_dump(mode="json", exclude_none=True)})
                 elif isinstance(message, Hello):
-                    most = max(DECODED * self._config.wire.max_upload_bytes, HARMLESS)
-                    problem = unbearable(message, self._rank, most)
+                    problem = unbearable(message, self._rank, max(self._most, HARMLESS))
                     if problem:
                         self._perform([rounds.Reply(client, Rejected(code="shape", reason=problem))])
                         raise CorruptPayloadError(f"'{client}': {problem}")
@@ -280,7 +281,7 @@ class Service:
         self._apply(rounds.Refused(offer, refusal))
 
     def _update(self, offer: Offer, payload: bytes) -> Update:
-        change = codec.decode(payload, limit=DECODED * self._config.wire.max_upload_bytes)
+        change = codec.decode(payload, limit=self._most)
         return update_of(offer, change, self._downlink.received(offer.version))
 
     def _apply(self, event: rounds.Event, persist: Callable[[str], None] | None = None) -> None:
@@ -339,10 +340,6 @@ class Service:
         topic = topics.down(self._fleet, client)
         self._transport.publish(topic, self._guard.seal(topic, dump(message)))
 
-    def _updates(self, number: int) -> Iterator[Update]:
-        for offer, payload in self._store.updates(number):
-            yield self._update(offer, payload)
-
     def _merge(self, number: int) -> None:
         if (self._state.phase, self._state.round) != ("merging", number):
             return  # done already; a second time, the same updates would be added to their own outcome
@@ -350,14 +347,10 @@ class Service:
         started = self._clock()
         # The products are thin: BLAS threads gain nothing, and on busy cores they wait for each other (decision 0004).
         with threadpool_limits(1):
-            merged = self._method.combine(load_state(base.state), self._updates(number))
-        version, payloads = self._downlink.cut(self._state.version + 1, save_state(merged.state), merged.state.adapter)
-        lost = sum(layer.lost**2 for layer in merged.layers.values()) ** 0.5
+            merged, version, payloads = merge_round(self._store, self._method, self._downlink, base, number, self._most)
         event = {
-            "event": "merge", "round": number, "version": version.version, "truncation": merged.truncation,
-            "lost": lost, "norm": sum(layer.norm**2 for layer in merged.layers.values()) ** 0.5,
-            "seconds": self._clock() - started, "band_bytes": [len(payload) for payload in payloads],
-            "layers": {name: vars(layer) for name, layer in merged.layers.items()},
+            "event": "merge", "round": number, "version": version.version, "seconds": self._clock() - started,
+            "band_bytes": [len(payload) for payload in payloads], **told(merged),
         }  # fmt: skip
 
         def persist(state: str) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from edge_runtime.errors import CorruptPayloadError
-from edge_runtime.lora.adapter import Adapter
-from edge_runtime.lora.algebra import changed, take
+from edge_runtime.lora.adapter import Adapter, Deferred
+from edge_runtime.lora.algebra import changed, cut
 from edge_runtime.wire.messages import Offer
 from server.aggregators.method import Update
 
@@ -23,14 +23,16 @@ def update_of(offer: Offer, change: Adapter, sent: Adapter) -> Update:
     Raises:
         CorruptPayloadError: the change is of no slice of that version.
     """
-    for name, pair in change.items():
-        known = sent.layers.get(name)
-        if known is None or pair.shape != known.shape or not 0 < pair.rank <= known.rank:
-            expected = f"{known.shape} at rank 1 to {known.rank}" if known else "no such layer"
+    known, sizes = sent.sizes, change.sizes
+    for name, (d_out, d_in, rank) in sizes.items():
+        most = known.get(name)
+        if most is None or (d_out, d_in) != most[:2] or not 0 < rank <= most[2]:
+            expected = f"{most[:2]} at rank 1 to {most[2]}" if most else "no such layer"
             raise CorruptPayloadError(
-                f"layer '{name}' of '{offer.client}': expected {expected}, found {pair.shape} at rank {pair.rank}; "
+                f"layer '{name}' of '{offer.client}': expected {expected}, found {(d_out, d_in)} at rank {rank}; "
                 "train from the version that the directive names"
             )
-    received = Adapter({name: take(sent[name], range(pair.rank)) for name, pair in change.items()})
-    trained = Adapter({name: changed(received[name], pair) for name, pair in change.items()})
+    # Made layer by layer: of a large update, or of many, the factors are in memory only while a layer is merged.
+    received = Adapter(Deferred(sizes, lambda name: cut(sent[name], sizes[name][2])))
+    trained = Adapter(Deferred(sizes, lambda name: changed(received[name], change[name])))
     return Update(offer.client, float(offer.examples), received, trained)

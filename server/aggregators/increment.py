@@ -13,16 +13,29 @@ downlink costs no bias), and the truncated tail is carried over.
 Why not the mean of absolute products, as FlexLoRA does: a direction that only few devices can train would shrink in
 every round, even in one where nobody learns anything (rank collapse).
 
-Cost for a layer of (d_out, d_in) and stacked rank R = r_g + r_tail + 2 sum r_k: O((d_out + d_in) R^2 + R^3).
+Cost for a layer of (d_out, d_in): that of a sum of R = r_g + r_tail + sum r_k columns, see `edge_runtime.lora.sums`.
+The slices R_k add r_g at most, for they share their directions, and none where the downlink loses nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from edge_runtime.lora.adapter import Adapter, Pair
-from edge_runtime.lora.algebra import decompose, refill, tail_norm, to_pair
-from server.aggregators.method import Aggregator, LayerReport, Merged, State, Update, by_layer, fresh_state, prefix
+from edge_runtime.lora.adapter import Pair
+from edge_runtime.lora.algebra import refill, to_pair
+from edge_runtime.lora.columns import Term, distinct
+from edge_runtime.lora.sums import total
+from server.aggregators.method import (
+    Aggregator,
+    LayerReport,
+    Merged,
+    State,
+    Update,
+    assembled,
+    by_layer,
+    fresh_state,
+    prefix,
+)
 
 TAIL = 1.0
 """Directions kept in the tail, as a multiple of the global rank. What is beyond is lost, and reported."""
@@ -41,11 +54,8 @@ def increment(*, tail: float = TAIL) -> Aggregator:
         raise ValueError(f"aggregator.tail must be 0 or more; found {tail}")
 
     def combine(state: State, updates: Iterable[Update]) -> Merged:
-        layers, tails, reports = dict(state.adapter), dict(state.tail), {}
-        for name, entries in by_layer(state, updates).items():
-            layers[name], tails[name], reports[name] = _merge(state, name, entries, tail)
-        kept = Adapter({name: pair for name, pair in tails.items() if pair.rank})
-        return Merged(State(Adapter(layers), kept, state.version + 1), reports)
+        layers = by_layer(state, updates)
+        return assembled(state, ((name, *_merge(state, name, entries, tail)) for name, entries in layers.items()))
 
     return Aggregator(fresh_state, combine, prefix, lambda max_rank: 2 * max_rank, hold_more=True, exact=True)
 
@@ -55,21 +65,44 @@ def _merge(
 ) -> tuple[Pair, Pair, LayerReport]:
     """New global pair, new tail and report of one layer."""
     old = state.adapter[name]
-    terms: list[tuple[float, Pair]] = [(1.0, old)]
-    if name in state.tail:
-        terms.append((1.0, state.tail[name]))
-    for share, update in entries:
-        counted = share * update.discount
-        terms += [(counted, update.trained[name]), (-counted, update.received[name])]
-    spectrum = decompose(terms)
-    rank, held = old.rank, spectrum.numerical_rank
-    stop = min(held, rank + round(tail * rank))
-    merged = to_pair(spectrum, 0, min(rank, held))
+    rank, keep = old.rank, old.rank + round(tail * old.rank)
+    before = distinct(_before(state, name, old, entries))
+    counts = [update.trained.rank_of(name) for _, update in entries]
+    found = total(
+        _terms(before, name, entries),
+        sum(counts) + (before[1].rank if before else 0),
+        rank,
+        keep,
+        seed=f"{state.version + 1}:{name}:sum",
+    )
+    held = found.spectrum.numerical_rank
+    merged, stop = to_pair(found.spectrum, 0, min(rank, held)), min(held, keep)
     report = LayerReport(
         updates=len(entries),
-        norm=tail_norm(spectrum, 0),
-        truncated=tail_norm(spectrum, rank),
-        lost=tail_norm(spectrum, max(stop, rank)),
+        norm=found.norm,
+        truncated=found.truncated(rank),
+        lost=found.truncated(max(stop, rank)),
+        bound=found.certificate(rank),
+        how=found.how,
+        why=found.why,
     )
     # Fresh directions must differ from those of other versions, or a direction that taught nothing would come back.
-    return refill(merged, rank, f"{state.version + 1}:{name}"), to_pair(spectrum, rank, stop), report
+    return refill(merged, rank, f"{state.version + 1}:{name}"), to_pair(found.spectrum, rank, stop), report
+
+
+def _before(
+    state: State, name: str, old: Pair, entries: Sequence[tuple[float, Update]]
+) -> Iterator[tuple[float, Pair]]:
+    """What is there without this round, less what devices had received of it."""
+    yield 1.0, old
+    if name in state.tail:
+        yield 1.0, state.tail[name]
+    for share, update in entries:
+        yield -share * update.discount, update.received[name]
+
+
+def _terms(before: Term | None, name: str, entries: Sequence[tuple[float, Update]]) -> Iterator[Term]:
+    if before is not None:
+        yield before
+    for share, update in entries:
+        yield share * update.discount, update.trained[name]

@@ -12,30 +12,50 @@ and a small core give the same factors), the LoRA scale is a number of the fleet
 Bias: a direction that only some devices can hold is multiplied by their share of the weight in every round, even in
 one where nobody learns anything. `increment` has no such decay.
 
-Cost for stacked rank R = sum r_k: O((d_out + d_in) R^2 + R^3) a layer.
+Cost a layer: that of a sum of R = sum r_k columns, see `edge_runtime.lora.sums`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from edge_runtime.lora.adapter import Adapter
-from edge_runtime.lora.algebra import decompose, refill, tail_norm, to_pair
-from server.aggregators.method import Aggregator, LayerReport, Merged, State, Update, by_layer, fresh_state, prefix
+from edge_runtime.lora.adapter import Pair
+from edge_runtime.lora.algebra import refill, to_pair
+from edge_runtime.lora.sums import total
+from server.aggregators.method import (
+    Aggregator,
+    LayerReport,
+    Merged,
+    State,
+    Update,
+    assembled,
+    by_layer,
+    fresh_state,
+    prefix,
+)
 
 
 def svd() -> Aggregator:
     """FlexLoRA's merge, factored."""
 
     def combine(state: State, updates: Iterable[Update]) -> Merged:
-        layers, reports = dict(state.adapter), {}
-        for name, entries in by_layer(state, updates).items():
-            rank = state.adapter[name].rank
-            spectrum = decompose((share, update.trained[name]) for share, update in entries)
-            kept = to_pair(spectrum, 0, min(rank, spectrum.numerical_rank))
-            layers[name] = refill(kept, rank, f"{state.version + 1}:{name}")
-            lost = tail_norm(spectrum, rank)
-            reports[name] = LayerReport(len(entries), tail_norm(spectrum, 0), lost, lost)
-        return Merged(State(Adapter(layers), Adapter({}), state.version + 1), reports)
+        layers = by_layer(state, updates)
+        return assembled(state, ((name, *_merge(state, name, entries)) for name, entries in layers.items()))
 
     return Aggregator(fresh_state, combine, prefix, lambda max_rank: max_rank, hold_more=False, exact=True)
+
+
+def _merge(state: State, name: str, entries: Sequence[tuple[float, Update]]) -> tuple[Pair, None, LayerReport]:
+    """New global pair and report of one layer."""
+    rank = state.adapter.rank_of(name)
+    found = total(
+        ((share, update.trained[name]) for share, update in entries),
+        sum(update.trained.rank_of(name) for _, update in entries),
+        rank,
+        rank,
+        seed=f"{state.version + 1}:{name}:sum",
+    )
+    kept = to_pair(found.spectrum, 0, min(rank, found.spectrum.numerical_rank))
+    lost = found.truncated(rank)
+    report = LayerReport(len(entries), found.norm, lost, lost, found.certificate(rank), found.how, found.why)
+    return refill(kept, rank, f"{state.version + 1}:{name}"), None, report

@@ -21,23 +21,36 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from edge_runtime.lora.adapter import Adapter, Pair
+from edge_runtime.lora.adapter import Pair
 from edge_runtime.lora.algebra import norm, pad
-from server.aggregators.method import Aggregator, LayerReport, Merged, State, Update, by_layer, fresh_state, prefix
+from server.aggregators.method import (
+    Aggregator,
+    LayerReport,
+    Merged,
+    State,
+    Update,
+    assembled,
+    by_layer,
+    fresh_state,
+    prefix,
+)
 
 
 def zero_pad() -> Aggregator:
     """HetLoRA's padded mean of factors."""
 
     def combine(state: State, updates: Iterable[Update]) -> Merged:
-        layers, reports = dict(state.adapter), {}
-        for name, entries in by_layer(state, updates).items():
-            layers[name] = _mean(state.adapter[name], [(share, update.trained[name]) for share, update in entries])
-            # Nothing is truncated; what this method loses is the covariance, which only a dense reference would show.
-            reports[name] = LayerReport(len(entries), norm(layers[name]), 0.0, 0.0)
-        return Merged(State(Adapter(layers), Adapter({}), state.version + 1), reports)
+        layers = by_layer(state, updates)
+        return assembled(state, ((name, *_merge(state, name, entries)) for name, entries in layers.items()))
 
     return Aggregator(fresh_state, combine, prefix, lambda max_rank: max_rank, hold_more=False, exact=False)
+
+
+def _merge(state: State, name: str, entries: Sequence[tuple[float, Update]]) -> tuple[Pair, None, LayerReport]:
+    """New global pair and report of one layer."""
+    pair = _mean(state.adapter[name], [(share, update.trained[name]) for share, update in entries])
+    # Nothing is truncated; what this method loses is the covariance, which only a dense reference would show.
+    return pair, None, LayerReport(len(entries), norm(pair), 0.0, 0.0)
 
 
 def _mean(old: Pair, entries: Sequence[tuple[float, Pair]]) -> Pair:
