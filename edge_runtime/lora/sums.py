@@ -4,6 +4,9 @@
     in memory, wide     sketch       a randomised range finder on the factors, until what it misses is small enough
     longer than memory  stream       chunk after chunk, cut to a cap; memory does not depend on the number of terms
 
+Where terms nearly cancel, the first two see it and add in float64. A stream sees it within a chunk; what cancels only
+over several is right to float32's rounding of the terms, and its error says so.
+
 The same terms in the same order, with the same seed, give the same bytes.
 """
 
@@ -18,7 +21,7 @@ import numpy as np
 from edge_runtime.lora.algebra import Spectrum, Wide, draw_from
 from edge_runtime.lora.columns import Columns, Term, chunks, forward, magnitude
 from edge_runtime.lora.leading import EXCESS, Leading, leading
-from edge_runtime.lora.sketch import PROBES, SHARE, SINGLE
+from edge_runtime.lora.sketch import DOUBLE, PROBES, SHARE
 from edge_runtime.lora.streaming import Partial, absorb, nothing
 
 ROOM_BYTES = 512 << 20
@@ -73,7 +76,7 @@ def _streamed(
     partial, size, seen = nothing(shape), 0.0, 0
     for columns in taken:
         partial = absorb(partial, [columns], rank, cap, seed=seed, excess=excess)
-        image += forward([columns], probes, np.float32)
+        image += forward([columns], probes, np.float64)
         size, seen = math.hypot(size, magnitude([columns])), seen + columns.count
         del columns  # before the next chunk takes its place
     return _finished(partial, image, probes, keep, size, f"{seen} columns in {partial.cuts} chunks, cut to {cap}")
@@ -86,7 +89,7 @@ def _finished(partial: Partial, image: Wide, probes: Wide, keep: int, size: floa
     shown = image - held
     lacking = float(np.linalg.norm(shown)) / math.sqrt(PROBES)
     cut = partial.bound + float(np.linalg.norm(whole.s[keep:]))
-    rounding = 4 * SINGLE * size
+    rounding = 16 * DOUBLE * size
     bound = min(lacking / math.sqrt(SHARE), cut)
     # What earlier cuts left out need not be orthogonal to what is kept; where terms cancel, it is the opposite of it.
     norm = math.sqrt(max(float(np.sum(kept.s**2) + 2 * np.sum(held * shown) / PROBES) + lacking**2, 0.0))

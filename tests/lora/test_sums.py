@@ -62,12 +62,12 @@ def test_an_exact_sum_is_the_dense_one_and_says_exactly_what_it_lacks(terms: Ter
 @laws
 @given(terms=fleets())
 def test_a_sum_of_few_directions_is_exact_to_one_part_in_a_hundred_thousand(way: str, terms: Terms) -> None:
-    """Also where terms nearly cancel, as what was trained and what was received do."""
+    """Also where terms nearly cancel, as what was trained and what was received do; a stream, of its largest terms."""
     whole = dense(terms)
     found = taken(way, terms, rank=24, keep=24)
 
     if np.linalg.matrix_rank(whole, tol=1e-10 * magnitude(terms)) <= 24:
-        close = 1e-5 * float(np.linalg.norm(whole)) + 1e-13 * magnitude(terms)
+        close = 1e-5 * float(np.linalg.norm(whole)) + (1e-6 if way == "stream" else 1e-13) * magnitude(terms)
         assert float(np.linalg.norm(whole - product(found.spectrum, 24))) <= close
         assert found.truncated(24) <= 2 * close
         assert found.norm == pytest.approx(float(np.linalg.norm(whole)), rel=1e-4, abs=close)
@@ -101,7 +101,7 @@ def test_order_and_gauge_leave_the_product_within_the_certificates(way: str, ter
         two = taken(way, others)
         apart = float(np.linalg.norm(product(one.spectrum, KEEP) - product(two.spectrum, KEEP)))
         assert apart <= one.certificate(KEEP) + two.certificate(KEEP) + 1e-5 * magnitude(terms)
-        np.testing.assert_allclose(two.norm, one.norm, rtol=0.5, atol=1e-4 * magnitude(terms))
+        assert abs(two.norm - float(np.linalg.norm(dense(others)))) <= two.certificate(KEEP) + 1e-5 * magnitude(terms)
 
 
 @every_way
