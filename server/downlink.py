@@ -8,6 +8,7 @@ from edge_runtime.lora.adapter import Adapter
 from edge_runtime.wire import bands, blobs, codec, topics
 from edge_runtime.wire.messages import Band
 from edge_runtime.wire.transport import Transport
+from server.scratch import Scratch
 from server.store import Store, StoredVersion
 
 CLEARED_AGAIN = 3
@@ -41,13 +42,16 @@ class Downlink:
 
         Raises:
             CorruptPayloadError: it has retired.
+            DiskFullError: it is large, and there is no room to lay it down.
         """
         if self._decoded is None or self._decoded[0] != version:
             stored = self._store.version(version)
             payloads = [self._store.blob(band.blob.sha256) for band in stored.bands] if stored else [None]
             if any(payload is None for payload in payloads):
                 raise CorruptPayloadError(f"version {version} has retired; train from the current one")
-            self._decoded = version, bands.join([codec.decode(payload) for payload in payloads if payload is not None])
+            room = Scratch(self._store.path.parent)
+            decoded = [room.put(codec.decode(payload)) for payload in payloads if payload is not None]
+            self._decoded = version, bands.join(decoded)
         return self._decoded[1]
 
     def broadcast(self, version: StoredVersion) -> tuple[Band, ...]:

@@ -1,21 +1,30 @@
-"""Versions of the global adapter: the first one, and what a round makes of the one before it."""
+"""Versions of the global adapter: the first one, and what a round makes of the one before it.
+
+Each update is decoded once, into a scratch file if all of them are too many for memory. What a method then sees are
+updates and a state whose layers are made when it asks for them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from edge_runtime.config import Config
 from edge_runtime.errors import AggregationError
+from edge_runtime.lora.adapter import Adapter
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import Hello, Offer, ungroup
 from server import rounds
-from server.aggregators.method import Aggregator, Merged, Update, load_state, save_state
+from server.aggregators.method import Aggregator, Merged, Update, in_memory, load_state, save_state
 from server.downlink import Downlink
 from server.fleet import unbearable
 from server.outcome import attempt
+from server.scratch import Scratch
 from server.slices import update_of
 from server.store import Store, StoredVersion
+
+Keep = Callable[[Adapter], Adapter]
 
 DECODED = 8
 """Bytes that an upload may decompress to, and a global adapter may have, as a multiple of `wire.max_upload_bytes`."""
@@ -67,13 +76,23 @@ class Merging:
         Raises:
             WireError: its payload does not decode, or is of no slice of the version that its offer names.
         """
-        change, directions = codec.decode_slice(payload, limit=DECODED * self._config.wire.max_upload_bytes)
-        return update_of(offer, change, self._downlink.received(offer.version), directions)
+        return self._update(offer, payload, in_memory)
 
     def updates(self, number: int) -> Iterator[Update]:
-        """The stored updates of a round, by device, one in memory at a time."""
+        """The stored updates of a round, by device; what memory should not hold of them is on the disk.
+
+        Raises:
+            DiskFullError: no room there.
+        """
+        return self._updates(number, Scratch(self._store.path.parent).put)
+
+    def _updates(self, number: int, keep: Keep) -> Iterator[Update]:
         for offer, payload in self._store.updates(number):
-            yield self.update(offer, payload)
+            yield self._update(offer, payload, keep)
+
+    def _update(self, offer: Offer, payload: bytes, keep: Keep) -> Update:
+        change, directions = codec.decode_slice(payload, limit=DECODED * self._config.wire.max_upload_bytes)
+        return update_of(offer, keep(change), self._downlink.received(offer.version), directions)
 
     def version(self, state: rounds.State) -> StoredVersion:
         """The version that the rounds stand at; the first one is made when the fleet's shapes are known.
@@ -97,10 +116,12 @@ class Merging:
 
         Raises:
             AggregationError: the version that the round began with is not in the store.
+            DiskFullError: no room for what memory should not hold.
         """
-        base = load_state(self.version(state).state)
+        keep = Scratch(self._store.path.parent).put
+        base = replace(load_state(self.version(state).state), keep=keep)
         started = self._clock()
-        merged = attempt(self._method, base, self.updates(state.round))
+        merged = attempt(self._method, base, self._updates(state.round, keep))
         if isinstance(merged, AggregationError):
             return merged
         version, payloads = self._downlink.cut(state.version + 1, save_state(merged.state), merged.state.adapter)
@@ -115,6 +136,7 @@ def merge_facts(merged: Merged) -> dict[str, Any]:
         "version": merged.state.version,
         "truncation": merged.truncation,
         "lost": sum(layer.lost**2 for layer in merged.layers.values()) ** 0.5,
+        "bound": sum(layer.bound**2 for layer in merged.layers.values()) ** 0.5,
         "norm": sum(layer.norm**2 for layer in merged.layers.values()) ** 0.5,
         "excluded": dict(merged.excluded),
         "layers": {name: vars(layer) for name, layer in merged.layers.items()},

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from edge_runtime.errors import CorruptPayloadError
-from edge_runtime.lora.adapter import Adapter, Pair
-from edge_runtime.lora.algebra import changed, zero
+from edge_runtime.lora.adapter import Adapter, Deferred, Pair
+from edge_runtime.lora.algebra import changed, cut, zero
 from edge_runtime.lora.slices import slice_of
 from edge_runtime.wire.messages import Offer
 from server.aggregators.method import Update
@@ -31,28 +31,35 @@ def update_of(offer: Offer, change: Adapter, sent: Adapter, directions: Directio
     Raises:
         CorruptPayloadError: the change is of no slice of that version, or weights are not those of its layers.
     """
-    received: dict[str, Pair] = {}
-    for name, pair in change.items():
-        known = sent.layers.get(name)
-        most = 0 if known is None else known.rank if offer.kind == "slice" else min(known.shape)
-        if known is None or pair.shape != known.shape or not 0 < pair.rank <= most:
-            expected = f"{known.shape} at rank 1 to {most}" if known else "no such layer"
+    known, sizes, named = sent.sizes, change.sizes, directions or {}
+    for name, (d_out, d_in, rank) in sizes.items():
+        there = known.get(name)
+        most = 0 if there is None else there[2] if offer.kind == "slice" else min(there[:2])
+        if there is None or (d_out, d_in) != there[:2] or not 0 < rank <= most:
+            expected = f"{there[:2]} at rank 1 to {most}" if there else "no such layer"
             raise CorruptPayloadError(
-                f"layer '{name}' of '{offer.client}': expected {expected}, found {pair.shape} at rank {pair.rank}; "
+                f"layer '{name}' of '{offer.client}': expected {expected}, found {(d_out, d_in)} at rank {rank}; "
                 "train from the version that the directive names"
             )
+        if name in named:
+            try:
+                slice_of(name, sent[name], named[name], offer.version)
+            except ValueError as error:
+                raise CorruptPayloadError(f"layer '{name}' of '{offer.client}': {error}") from error
+
+    def before(name: str) -> Pair:
         if offer.kind == "increment":
-            received[name] = zero(pair.shape, pair.rank)
-            continue
-        try:
-            numbers = (directions or {}).get(name, tuple(range(pair.rank)))
-            received[name] = slice_of(name, known, numbers, offer.version)
-        except ValueError as error:
-            raise CorruptPayloadError(f"layer '{name}' of '{offer.client}': {error}") from error
-    before = Adapter(received)
-    whole = offer.kind == "increment"
-    trained = change if whole else Adapter({name: changed(before[name], pair) for name, pair in change.items()})
-    return Update(offer.client, float(offer.examples), before, trained, _weights(offer, change))
+            return zero(sizes[name][:2], sizes[name][2])
+        if name in named:
+            return slice_of(name, sent[name], named[name], offer.version)
+        return cut(sent[name], sizes[name][2])
+
+    # Made layer by layer: of a large update, or of many, the factors are in memory only while a layer is merged.
+    received = Adapter(Deferred(sizes, before))
+    if offer.kind == "increment":
+        return Update(offer.client, float(offer.examples), received, change, _weights(offer, change))
+    trained = Adapter(Deferred(sizes, lambda name: changed(before(name), change[name])))
+    return Update(offer.client, float(offer.examples), received, trained, _weights(offer, change))
 
 
 def _weights(offer: Offer, change: Adapter) -> dict[str, float]:

@@ -7,7 +7,7 @@ LoRA scale is folded into `b`, so that the change of a layer's weight is simply 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,16 +50,48 @@ class Pair:
 
 
 @dataclass(frozen=True, eq=False)
+class Deferred(Mapping[str, Pair]):
+    """Layers that are made each time they are asked for, and not kept: so an adapter may be larger than memory.
+
+    Attributes:
+        sizes: layer name → (d_out, d_in, rank), in sorted order of the names.
+        make: layer name → its pair, of that size.
+    """
+
+    sizes: Mapping[str, tuple[int, int, int]]
+    make: Callable[[str], Pair]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", dict(sorted(self.sizes.items())))
+
+    def __getitem__(self, name: str) -> Pair:
+        if name not in self.sizes:
+            raise KeyError(name)
+        return self.make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.sizes
+
+
+@dataclass(frozen=True, eq=False)
 class Adapter(Mapping[str, Pair]):
     """Layer name → Pair, in sorted order of the names.
 
-    A layer's name is its module path in the base model, such as `model.layers.3.self_attn.q_proj`.
+    A layer's name is its module path in the base model, such as `model.layers.3.self_attn.q_proj`. Of layers that are
+    `Deferred`, sizes are known without making any.
     """
 
     layers: Mapping[str, Pair]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", dict(sorted(self.layers.items())))
+        if not isinstance(self.layers, Deferred):
+            object.__setattr__(self, "layers", dict(sorted(self.layers.items())))
 
     def __getitem__(self, name: str) -> Pair:
         return self.layers[name]
@@ -70,20 +102,45 @@ class Adapter(Mapping[str, Pair]):
     def __len__(self) -> int:
         return len(self.layers)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.layers
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int, int]]:
+        """(d_out, d_in, rank) of each layer."""
+        if isinstance(self.layers, Deferred):
+            return dict(self.layers.sizes)
+        return {name: (*pair.shape, pair.rank) for name, pair in self.layers.items()}
+
+    def rank_of(self, name: str) -> int:
+        """Rank of one layer."""
+        return self.layers.sizes[name][2] if isinstance(self.layers, Deferred) else self.layers[name].rank
+
+    def shape_of(self, name: str) -> tuple[int, int]:
+        """(d_out, d_in) of one layer."""
+        return self.layers.sizes[name][:2] if isinstance(self.layers, Deferred) else self.layers[name].shape
+
     @property
     def ranks(self) -> dict[str, int]:
         """Rank of each layer."""
-        return {name: pair.rank for name, pair in self.layers.items()}
+        return {name: rank for name, (_, _, rank) in self.sizes.items()}
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(d_out, d_in) of each layer."""
-        return {name: pair.shape for name, pair in self.layers.items()}
+        return {name: (d_out, d_in) for name, (d_out, d_in, _) in self.sizes.items()}
 
     @property
     def parameters(self) -> int:
         """Numbers held, all layers together."""
-        return sum(pair.a.size + pair.b.size for pair in self.layers.values())
+        return sum(rank * (d_out + d_in) for d_out, d_in, rank in self.sizes.values())
+
+    def only(self, names: Iterable[str]) -> Adapter:
+        """The layers of those names that there are; none is made."""
+        found = [name for name in names if name in self.layers]
+        if isinstance(self.layers, Deferred):
+            return Adapter(Deferred({name: self.layers.sizes[name] for name in found}, self.layers.make))
+        return Adapter({name: self.layers[name] for name in found})
 
     def digest(self) -> str:
         """SHA-256 (hex) of names, shapes and bytes: equal digests mean equal adapters, bit for bit."""
@@ -93,6 +150,15 @@ class Adapter(Mapping[str, Pair]):
             total.update(np.ascontiguousarray(pair.a).tobytes())
             total.update(np.ascontiguousarray(pair.b).tobytes())
         return total.hexdigest()
+
+
+def joined(parts: Iterable[Adapter]) -> Adapter:
+    """The layers of several adapters as one; of a layer that several have, the last. None is made."""
+    homes = {name: part for part in parts for name in part}
+    if not any(isinstance(part.layers, Deferred) for part in homes.values()):
+        return Adapter({name: part[name] for name, part in homes.items()})
+    sizes = {name: (*part.shape_of(name), part.rank_of(name)) for name, part in homes.items()}
+    return Adapter(Deferred(sizes, lambda name: homes[name][name]))
 
 
 @dataclass(frozen=True)

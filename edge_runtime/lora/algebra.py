@@ -126,17 +126,30 @@ def decompose(pairs: Iterable[tuple[float, Pair]]) -> Spectrum:
         A Spectrum of R = min(sum of ranks, d_out, d_in) directions. In each, the entry of u with the largest magnitude
         is positive, so that equal inputs give equal bytes.
     """
-    b, a = stack(pairs)
+    return factorise(*stack(pairs))
+
+
+def factorise(b: Wide, a: Wide) -> Spectrum:
+    """The exact singular form of b @ a: thin QR of both factors, SVD of the small core.
+
+    Args:
+        b: (d_out, R).
+        a: (R, d_in).
+    """
     q_b, r_b = np.linalg.qr(b)
     q_a, r_a = np.linalg.qr(a.T)
     u, s, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    left = q_b @ u
-    right = vt @ q_a.T
-    if left.shape[1]:
-        peak = np.argmax(np.abs(left), axis=0)
-        sign = np.where(left[peak, np.arange(left.shape[1])] < 0, -1.0, 1.0)
-        left, right = left * sign, right * sign[:, None]
-    return Spectrum(left, s, right)
+    return signed(Spectrum(q_b @ u, s, vt @ q_a.T))
+
+
+def signed(spectrum: Spectrum) -> Spectrum:
+    """The same product, its signs chosen so that in each column of u the entry of largest magnitude is positive."""
+    u = spectrum.u
+    if not u.size:
+        return spectrum
+    peak = np.argmax(np.abs(u), axis=0)
+    sign = np.where(u[peak, np.arange(u.shape[1])] < 0, -1.0, 1.0)
+    return Spectrum(u * sign, spectrum.s, spectrum.vt * sign[:, None])
 
 
 def to_pair(spectrum: Spectrum, start: int = 0, stop: int | None = None) -> Pair:
@@ -146,6 +159,12 @@ def to_pair(spectrum: Spectrum, start: int = 0, stop: int | None = None) -> Pair
     """
     u, s, vt = spectrum.u[:, start:stop], spectrum.s[start:stop], spectrum.vt[start:stop]
     return Pair((ROW_NORM * vt).astype(np.float32), (u * (s / ROW_NORM)).astype(np.float32))
+
+
+def draw_from(seed: str, shape: tuple[int, int]) -> Wide:
+    """Standard normal numbers that a text names: the same text and shape give the same numbers."""
+    digest = hashlib.sha256(seed.encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "little")).standard_normal(shape)
 
 
 def fresh_rows(existing: Matrix, count: int, seed: str) -> Matrix:
@@ -163,8 +182,7 @@ def fresh_rows(existing: Matrix, count: int, seed: str) -> Matrix:
     count = min(count, d_in - rank)
     if count <= 0:
         return np.zeros((0, d_in), np.float32)
-    digest = hashlib.sha256(seed.encode()).digest()
-    draw = np.random.default_rng(int.from_bytes(digest[:8], "little")).standard_normal((count, d_in))
+    draw = draw_from(seed, (count, d_in))
     norms = np.linalg.norm(existing, axis=1, keepdims=True)
     # A row of zeros spans nothing; it would only put a division by zero into the basis.
     basis = (existing / np.where(norms == 0, 1, norms)).astype(np.float64)[norms[:, 0] > 0]

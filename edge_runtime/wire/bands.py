@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edge_runtime.lora.adapter import Adapter, Pair
+from edge_runtime.lora.adapter import Adapter, Deferred, Pair
 
 
 def edges_for(rank: int, edges: Sequence[int]) -> list[tuple[int, int]]:
@@ -31,14 +31,19 @@ def band(adapter: Adapter, start: int, stop: int) -> Adapter:
 
 
 def join(bands: Sequence[Adapter]) -> Adapter:
-    """The adapter whose bands, from the first, these are."""
-    layers: dict[str, list[Pair]] = {}
+    """The adapter whose bands, from the first, these are; deferred where they are."""
+    layers: dict[str, list[Adapter]] = {}
     for part in bands:
-        for name, pair in part.items():
-            layers.setdefault(name, []).append(pair)
-    return Adapter(
-        {
-            name: Pair(np.concatenate([p.a for p in pairs]), np.concatenate([p.b for p in pairs], axis=1))
-            for name, pairs in layers.items()
-        }
-    )
+        for name in part:
+            layers.setdefault(name, []).append(part)
+
+    def made(name: str) -> Pair:
+        pairs = [part[name] for part in layers[name]]
+        return Pair(np.concatenate([p.a for p in pairs]), np.concatenate([p.b for p in pairs], axis=1))
+
+    if not any(isinstance(part.layers, Deferred) for part in bands):
+        return Adapter({name: made(name) for name in layers})
+    sizes = {
+        name: (*parts[0].shape_of(name), sum(part.rank_of(name) for part in parts)) for name, parts in layers.items()
+    }
+    return Adapter(Deferred(sizes, made))

@@ -13,16 +13,19 @@ downlink costs no bias), and the truncated tail is carried over.
 Why not the mean of absolute products, as FlexLoRA does: a direction that only few devices can train would shrink in
 every round, even in one where nobody learns anything (rank collapse).
 
-Cost for a layer of (d_out, d_in) and stacked rank R = r_g + r_tail + 2 sum r_k: O((d_out + d_in) R^2 + R^3).
+Cost for a layer of (d_out, d_in): that of a sum of R = r_g + r_tail + sum r_k columns, see `edge_runtime.lora.sums`.
+The slices R_k add r_g at most, for they share their directions, and none where the downlink loses nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 from edge_runtime.lora.adapter import Pair
-from edge_runtime.lora.algebra import decompose, refill, tail_norm, to_pair
+from edge_runtime.lora.algebra import refill, to_pair
+from edge_runtime.lora.columns import Term, distinct
+from edge_runtime.lora.sums import total
 from server.aggregators.layers import Engine, LayerResult, LayerTask, local, merge_layers
 from server.aggregators.method import Aggregator, LayerReport, Merged, State, Update, fresh_state, prefix
 
@@ -53,22 +56,42 @@ def increment(engine: Engine = local, /, *, tail: float = TAIL) -> Aggregator:
 
 def merge_layer(task: LayerTask, *, tail: float) -> LayerResult:
     """New global pair, new tail and report of one layer."""
-    terms: list[tuple[float, Pair]] = [(1.0, task.old)]
-    if task.tail is not None:
-        terms.append((1.0, task.tail))
-    for part in task.shares:
-        counted = part.share * part.discount
-        terms += [(counted, part.trained), (-counted, part.received)]
-    spectrum = decompose(terms)
-    rank, held = task.old.rank, spectrum.numerical_rank
-    stop = min(held, rank + round(tail * rank))
-    merged = to_pair(spectrum, 0, min(rank, held))
+    rank, keep = task.old.rank, task.old.rank + round(tail * task.old.rank)
+    before = distinct(_before(task))
+    found = total(
+        _terms(before, task),
+        sum(part.rank for part in task.shares) + (before[1].rank if before else 0),
+        rank,
+        keep,
+        seed=f"{task.version}:{task.name}:sum",
+    )
+    held = found.spectrum.numerical_rank
+    merged, stop = to_pair(found.spectrum, 0, min(rank, held)), min(held, keep)
     report = LayerReport(
         updates=len(task.shares),
-        norm=tail_norm(spectrum, 0),
-        truncated=tail_norm(spectrum, rank),
-        lost=tail_norm(spectrum, max(stop, rank)),
+        norm=found.norm,
+        truncated=found.truncated(rank),
+        lost=found.truncated(max(stop, rank)),
+        bound=found.certificate(rank),
+        how=found.how,
+        why=found.why,
     )
     # Fresh directions must differ from those of other versions, or a direction that taught nothing would come back.
     fresh = refill(merged, rank, f"{task.version}:{task.name}")
-    return LayerResult(fresh, to_pair(spectrum, rank, stop), report)
+    return LayerResult(fresh, to_pair(found.spectrum, rank, stop), report)
+
+
+def _before(task: LayerTask) -> Iterator[tuple[float, Pair]]:
+    """What is there without this round, less what devices had received of it."""
+    yield 1.0, task.old
+    if task.tail is not None:
+        yield 1.0, task.tail
+    for part in task.shares:
+        yield -part.share * part.discount, part.received
+
+
+def _terms(before: Term | None, task: LayerTask) -> Iterator[Term]:
+    if before is not None:
+        yield before
+    for part in task.shares:
+        yield part.share * part.discount, part.trained

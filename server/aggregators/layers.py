@@ -11,24 +11,46 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from edge_runtime.lora.adapter import Adapter, Pair
-from edge_runtime.lora.algebra import zero
-from server.aggregators.method import LayerReport, Merged, State, Update, by_layer
+from server.aggregators.method import LayerReport, Merged, State, Update, assembled, by_layer
 
 
-class Share(NamedTuple):
-    """One update's part in one layer.
+@dataclass(frozen=True, eq=False)
+class Share:
+    """One update's part in one layer. Its factors are read when they are asked for: all of them may be too many.
 
     Attributes:
+        layer: its name.
         share: of the weight of all that trained the layer; the shares of a layer sum to 1.
         discount: see `method.Update`.
-        received: the slice as its device decoded it.
-        trained: the same slice after training.
+        before: what its device received.
+        after: the same after training.
     """
 
+    layer: str
     share: float
     discount: float
-    received: Pair
-    trained: Pair
+    before: Adapter
+    after: Adapter
+
+    @property
+    def rank(self) -> int:
+        """Directions of the slice."""
+        return self.after.rank_of(self.layer)
+
+    @property
+    def received(self) -> Pair:
+        """The slice as its device decoded it."""
+        return self.before[self.layer]
+
+    @property
+    def trained(self) -> Pair:
+        """The same slice after training."""
+        return self.after[self.layer]
+
+    def __reduce__(self) -> tuple[type[Share], tuple[str, float, float, Adapter, Adapter]]:
+        # Whoever works elsewhere needs this layer, and cannot read this process's files.
+        before, after = Adapter({self.layer: self.received}), Adapter({self.layer: self.trained})
+        return Share, (self.layer, self.share, self.discount, before, after)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,16 +102,13 @@ def merge_layers(state: State, updates: Iterable[Update], merge: MergeLayer, eng
     Raises:
         AggregationError: as `method.by_layer`.
     """
-    layers, tails, reports = dict(state.adapter), dict(state.tail), {}
     entries = by_layer(state, updates)
     tasks = (_task(state, name, parts) for name, parts in entries.items())
-    for name, result in zip(entries, engine(merge, tasks), strict=True):
-        layers[name], reports[name] = result.pair, result.report
-        tails[name] = zero(result.pair.shape) if result.tail is None else result.tail
-    kept = Adapter({name: pair for name, pair in tails.items() if pair.rank})
-    return Merged(State(Adapter(layers), kept, state.version + 1), reports)
+    results = zip(entries, engine(merge, tasks), strict=True)
+    return assembled(state, ((name, *result) for name, result in results))
 
 
 def _task(state: State, name: str, entries: Iterable[tuple[float, Update]]) -> LayerTask:
-    shares = (Share(share, each.discount, each.received[name], each.trained[name]) for share, each in entries)
-    return LayerTask(name, state.version + 1, state.adapter[name], state.tail.layers.get(name), tuple(shares))
+    shares = (Share(name, share, each.discount, each.received, each.trained) for share, each in entries)
+    tail = state.tail.get(name)
+    return LayerTask(name, state.version + 1, state.adapter[name], tail, tuple(shares))

@@ -17,7 +17,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from edge_runtime.errors import AggregationError
-from edge_runtime.lora.adapter import Adapter, Pair, Slot
+from edge_runtime.lora.adapter import Adapter, Pair, Slot, joined
 from edge_runtime.lora.algebra import cut, fresh_rows
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -50,6 +50,11 @@ class Update:
         return self.weights.get(layer, self.weight)
 
 
+def in_memory(adapter: Adapter) -> Adapter:
+    """An adapter as it is."""
+    return adapter
+
+
 @dataclass(frozen=True, eq=False)
 class State:
     """What a method carries from round to round.
@@ -59,29 +64,39 @@ class State:
         tail: directions that did not fit into `adapter`, added again in the next round; may be empty.
         version: counts merges.
         carried: name → what a part that is composed with the method remembers, such as a server optimiser's moments.
+        keep: where the layers of the next state are put, one by one as they are merged, since all may be too many for
+            memory. No part of what is saved.
     """
 
     adapter: Adapter
     tail: Adapter
     version: int
     carried: Mapping[str, Adapter] = field(default_factory=dict)
+    keep: Callable[[Adapter], Adapter] = in_memory
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What a merge cost one layer, in Frobenius norm of products; exact, not a bound.
+    """What a merge cost one layer, in Frobenius norm of products.
 
     Attributes:
         updates: devices that trained the layer.
         norm: of the merged change.
-        truncated: of what did not fit into the global rank (kept as the tail, where the method has one).
-        lost: of what was dropped for good.
+        truncated: of what did not fit into the global rank (kept as the tail, where the method has one); exact where
+            the sum was decomposed exactly, else as random probes show it.
+        lost: of what was dropped for good; likewise.
+        bound: what `truncated` does not exceed.
+        how: the way in which the sum was decomposed; see `edge_runtime.lora.sums`. Empty where nothing was.
+        why: what decided that.
     """
 
     updates: int
     norm: float
     truncated: float
     lost: float
+    bound: float = 0.0
+    how: str = ""
+    why: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,18 +186,36 @@ def by_layer(state: State, updates: Iterable[Update]) -> dict[str, list[tuple[fl
     return layers
 
 
+def assembled(state: State, results: Iterable[tuple[str, Pair, Pair | None, LayerReport]]) -> Merged:
+    """The outcome of a merge, layer by layer; layers of which there is no result stay as they are.
+
+    Args:
+        state: of before.
+        results: name, new pair, new tail (None for a method that has none) and report of each layer that was merged.
+    """
+    pairs, tails, reports = [state.adapter], [], {}
+    for name, pair, tail, report in results:
+        pairs.append(state.keep(Adapter({name: pair})))
+        if tail is not None and tail.rank:
+            tails.append(state.keep(Adapter({name: tail})))
+        reports[name] = report
+    left = state.tail.only(name for name in state.tail if name not in reports)
+    return Merged(State(joined(pairs), joined([left, *tails]), state.version + 1), reports)
+
+
 def _check(state: State, update: Update) -> None:
     light = [weight for weight in (update.weight, *update.weights.values()) if not weight > 0]
     if light:
         raise AggregationError(f"'{update.client}' weighs {light[0]}; a weight is a positive count of examples")
-    for name, pair in update.trained.items():
-        known, received = state.adapter.layers.get(name), update.received.layers.get(name)
-        if known is None or received is None:
+    # Sizes alone, so that layers that are still on disk stay there.
+    shapes, sent = state.adapter.shapes, update.received.sizes
+    for name, (d_out, d_in, rank) in update.trained.sizes.items():
+        if name not in shapes or name not in sent:
             raise AggregationError(f"'{update.client}' trained layer '{name}', which the fleet does not have")
-        if pair.shape != known.shape or pair.shape != received.shape or pair.rank != received.rank:
+        if (d_out, d_in) != shapes[name] or (d_out, d_in, rank) != sent[name]:
             raise AggregationError(
-                f"layer '{name}' of '{update.client}': expected {known.shape} at rank {received.rank}, "
-                f"found {pair.shape} at rank {pair.rank}; check that the device has the fleet's base model"
+                f"layer '{name}' of '{update.client}': expected {shapes[name]} at rank {sent[name][2]}, "
+                f"found {(d_out, d_in)} at rank {rank}; check that the device has the fleet's base model"
             )
 
 

@@ -12,14 +12,15 @@ and a small core give the same factors), the LoRA scale is a number of the fleet
 Bias: a direction that only some devices can hold is multiplied by their share of the weight in every round, even in
 one where nobody learns anything. `increment` has no such decay.
 
-Cost for stacked rank R = sum r_k: O((d_out + d_in) R^2 + R^3) a layer.
+Cost a layer: that of a sum of R = sum r_k columns, see `edge_runtime.lora.sums`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from edge_runtime.lora.algebra import decompose, refill, tail_norm, to_pair
+from edge_runtime.lora.algebra import refill, to_pair
+from edge_runtime.lora.sums import total
 from server.aggregators.layers import Engine, LayerResult, LayerTask, local, merge_layers
 from server.aggregators.method import Aggregator, LayerReport, Merged, State, Update, fresh_state, prefix
 
@@ -38,8 +39,14 @@ def svd(engine: Engine = local, /) -> Aggregator:
 def merge_layer(task: LayerTask) -> LayerResult:
     """New global pair and report of one layer."""
     rank = task.old.rank
-    spectrum = decompose((part.share, part.trained) for part in task.shares)
-    kept = to_pair(spectrum, 0, min(rank, spectrum.numerical_rank))
-    lost = tail_norm(spectrum, rank)
-    report = LayerReport(len(task.shares), tail_norm(spectrum, 0), lost, lost)
+    found = total(
+        ((part.share, part.trained) for part in task.shares),
+        sum(part.rank for part in task.shares),
+        rank,
+        rank,
+        seed=f"{task.version}:{task.name}:sum",
+    )
+    kept = to_pair(found.spectrum, 0, min(rank, found.spectrum.numerical_rank))
+    lost = found.truncated(rank)
+    report = LayerReport(len(task.shares), found.norm, lost, lost, found.certificate(rank), found.how, found.why)
     return LayerResult(refill(kept, rank, f"{task.version}:{task.name}"), None, report)

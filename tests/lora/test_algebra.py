@@ -6,48 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from edge_runtime.lora import algebra
 from edge_runtime.lora.adapter import Adapter, Pair
 from edge_runtime.lora.algebra import ROW_NORM
+from tests.lora.terms import Terms, dense, magnitude, weighted
 from tests.strategies import gaussian, laws, pairs
 
-Wide = NDArray[np.float64]
-Terms = list[tuple[float, Pair]]
-
 SINGLE = float(np.finfo(np.float32).eps)
-
-
-def dense(terms: Terms) -> Wide:
-    """The naive weighted sum of products, in float64."""
-    return sum((w * (p.b.astype(np.float64) @ p.a.astype(np.float64)) for w, p in terms), np.zeros(terms[0][1].shape))
-
-
-def magnitude(terms: Terms) -> float:
-    """How large the terms are together; what cancels is still there."""
-    return float(sum(abs(w) * np.linalg.norm(p.b) * np.linalg.norm(p.a) for w, p in terms))
-
-
-@st.composite
-def weighted(draw: st.DrawFn) -> Terms:
-    """Sums of up to four pairs: any weights, any ranks, some degenerate, some that cancel."""
-    shape = (draw(st.integers(1, 9)), draw(st.integers(1, 9)))
-    terms: Terms = []
-    for _ in range(draw(st.integers(1, 4))):
-        pair = gaussian(shape, draw(st.integers(0, 7)), draw(st.integers(0, 1 << 32)))
-        match draw(st.sampled_from(["general", "zero", "repeated", "uneven", "cancelling"])):
-            case "zero":
-                pair = algebra.zero(shape, pair.rank)
-            case "repeated":  # a direction twice: the factors are rank-deficient
-                pair = algebra.take(pair, [0] * pair.rank)
-            case "uneven":
-                pair = Pair(pair.a, pair.b * np.logspace(0, -6, pair.rank, dtype=np.float32))
-            case "cancelling":
-                pair = terms[-1][1] if terms else pair
-        weight = draw(st.integers(-300, 300)) / 100
-        terms.append((-terms[-1][0] if terms and terms[-1][1] is pair else weight, pair))
-    return terms
 
 
 @laws

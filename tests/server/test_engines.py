@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from edge_runtime.config import Server
 from edge_runtime.errors import AggregationError, ConfigError, EngineError, MissingExtraError
-from edge_runtime.lora.adapter import Pair
+from edge_runtime.lora.adapter import Adapter, Pair
 from server import aggregators, engines
 from server.aggregators.increment import merge_layer
 from server.aggregators.layers import Engine, LayerResult, LayerTask, Share
@@ -44,7 +44,9 @@ def task(index: int) -> LayerTask:
         Pair(draw.standard_normal((4, 30)).astype(np.float32), draw.standard_normal((20, 4)).astype(np.float32))
         for _ in range(2)
     )
-    return LayerTask(f"layer {index}", 1, old, None, (Share(1.0, 1.0, old, trained),))
+    name = f"layer {index}"
+    share = Share(name, 1.0, 1.0, Adapter({name: old}), Adapter({name: trained}))
+    return LayerTask(name, 1, old, None, (share,))
 
 
 def merged_here(each: LayerTask) -> LayerResult:

@@ -156,3 +156,30 @@ def test_a_discount_scales_one_increment_and_not_the_others() -> None:
     own = {name: 0.5 * (moved(1.0)[name] + moved(1e-12)[name]) for name in SHAPES}
     for name, half in moved(0.5).items():
         assert half == pytest.approx(own[name], abs=1e-6)
+
+
+def test_a_report_says_how_the_sum_was_taken_and_what_its_error_does_not_exceed() -> None:
+    state, method = learnt_state(2), increment(tail=0.0)
+    updates = updates_from(state, method, [2, 2, 2], size=0.5)
+    for layer, report in method.combine(state, updates).layers.items():
+        missing = np.linalg.norm(np.linalg.svd(naive_increment(state, updates, layer), compute_uv=False)[2:])
+        assert report.how == "exact"
+        # All devices had all of the version, so it cancels; what six trained directions came to is left.
+        assert report.why.startswith("6 columns")
+        assert missing <= report.bound <= missing * (1 + 1e-9)
+
+
+def test_a_large_merge_is_sketched_and_keeps_its_promises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge_runtime.lora.leading.SMALL", 0.0)
+    monkeypatch.setattr("edge_runtime.lora.leading.WORTH", float("inf"))
+    state, method = learnt_state(6), increment()
+    updates = updates_from(state, method, [2, 4, 6, 6, 6, 6], size=0.05)
+    merged = method.combine(state, updates)
+    wanted = naive_increment(state, updates, LAYER)
+    report, error = merged.layers[LAYER], np.linalg.norm(wanted - dense(merged.state.adapter)[LAYER])
+    best = np.linalg.norm(np.linalg.svd(wanted, compute_uv=False)[6:])
+    assert report.how == "sketch"
+    assert best * (1 - 1e-6) <= error <= best * (1 + 1e-3)
+    assert error <= report.bound
+    assert report.truncated == pytest.approx(error, rel=0.5)
+    assert method.combine(state, updates[::-1]).state.adapter.digest() == merged.state.adapter.digest()
