@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from edge_runtime.lora.adapter import Adapter, Deferred, Matrix, Pair
+from edge_runtime.lora.adapter import Adapter, Deferred, Matrix, Pair, joined, remembering
 from edge_runtime.lora.algebra import ROW_NORM, changed, cut
 from server.aggregators.method import State, Update
 from server.scratch import Scratch
@@ -72,17 +72,13 @@ def round_of(layers: Layers, clients: int, rank: int, room: Scratch) -> tuple[St
         state[name] = room.put(Adapter({name: global_pair(shape, rank, number)}))
         for index, held in enumerate(ranks_of(clients)):
             changes[index][name] = room.put(Adapter({name: change(shared, held, [number, index])}))
-    adapter = _joined(state)
-    return State(adapter, Adapter({}), 1, keep=room.put), list(_updates(adapter, changes))
-
-
-def _joined(parts: dict[str, Adapter]) -> Adapter:
-    return Adapter(Deferred({name: part.sizes[name] for name, part in parts.items()}, lambda name: parts[name][name]))
+    adapter = joined(state.values())
+    return State(adapter, Adapter({}), 1, keep=room.put), list(_updates(remembering(adapter), changes))
 
 
 def _updates(sent: Adapter, changes: list[dict[str, Adapter]]) -> Iterator[Update]:
     for index, parts in enumerate(changes):
-        own = _joined(parts)
+        own = joined(parts.values())
         yield Update(f"{index:05}", float(1 + index % 7), *_slice(sent, own))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edge_runtime.config import Wire
 from edge_runtime.errors import CorruptPayloadError, TooLargeError
-from edge_runtime.lora.adapter import Adapter
+from edge_runtime.lora.adapter import Adapter, remembering
 from edge_runtime.wire import bands, blobs, codec, topics
 from edge_runtime.wire.messages import Band
 from edge_runtime.wire.transport import Transport
@@ -51,7 +51,7 @@ class Downlink:
                 raise CorruptPayloadError(f"version {version} has retired; train from the current one")
             room = Scratch(self._store.path.parent)
             decoded = [room.put(codec.decode(payload)) for payload in payloads if payload is not None]
-            self._decoded = version, bands.join(decoded)
+            self._decoded = version, remembering(bands.join(decoded))
         return self._decoded[1]
 
     def broadcast(self, version: StoredVersion) -> tuple[Band, ...]:

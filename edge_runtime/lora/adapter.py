@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -150,6 +151,13 @@ class Adapter(Mapping[str, Pair]):
             total.update(np.ascontiguousarray(pair.a).tobytes())
             total.update(np.ascontiguousarray(pair.b).tobytes())
         return total.hexdigest()
+
+
+def remembering(adapter: Adapter) -> Adapter:
+    """The same adapter; of deferred layers the one made last stays, for whoever asks for it again and again."""
+    if not isinstance(adapter.layers, Deferred):
+        return adapter
+    return Adapter(Deferred(adapter.layers.sizes, lru_cache(maxsize=1)(adapter.layers.make)))
 
 
 def joined(parts: Iterable[Adapter]) -> Adapter:

@@ -63,7 +63,9 @@ def of_spectrum(spectrum: Spectrum, count: int) -> Columns:
 
 
 def chunks(terms: Iterable[Term], capacity: int) -> Iterator[Columns]:
-    """The terms as columns of at most `capacity` directions each; a chunk is in memory while its taker holds it.
+    """The terms as columns of at most `capacity` directions each; a chunk is good until the next one is taken.
+
+    All of them lie in the same memory: to have the system hand out new pages costs as much as to fill them.
 
     Raises:
         ValueError: terms of different shapes.
@@ -78,8 +80,7 @@ def chunks(terms: Iterable[Term], capacity: int) -> Iterator[Columns]:
         while start < pair.rank:
             if used == capacity:
                 yield room
-                room, used = None, 0  # before another is made
-                room = _room(pair.shape, capacity)
+                used = 0
             stop = min(pair.rank, start + capacity - used)
             at, taken = slice(used, used + stop - start), slice(start, stop)
             room.b[at], room.a[at] = pair.b[:, taken].T, pair.a[taken]
@@ -173,8 +174,8 @@ def magnitude(parts: Sequence[Columns]) -> float:
     """
     total = 0.0
     for part in parts:
-        sizes = [np.einsum("ij,ij->i", factor, factor, dtype=np.float64) for factor in (part.b, part.a)]
-        total += float(np.sum(part.w**2 * sizes[0] * sizes[1]))
+        b, a = (np.einsum("ij,ij->i", factor, factor).astype(np.float64) for factor in (part.b, part.a))
+        total += float(np.sum(part.w**2 * b * a))
     return float(np.sqrt(total))
 
 

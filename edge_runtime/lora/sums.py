@@ -24,9 +24,9 @@ from edge_runtime.lora.leading import EXCESS, Leading, leading
 from edge_runtime.lora.sketch import DOUBLE, PROBES, SHARE
 from edge_runtime.lora.streaming import Partial, absorb, nothing
 
-ROOM_BYTES = 512 << 20
+ROOM_BYTES = 256 << 20
 """Memory for the factors of one sum. What is computed from them takes a small part of it more."""
-CAP = 2
+CAP = 1.25
 """Directions that a stream keeps, as a multiple of those wanted."""
 
 
@@ -59,7 +59,7 @@ def total(
     first = next(begun, None)
     if first is None:
         raise ValueError("cannot add an empty sequence of products")
-    shape, cap = first[1].shape, max(CAP * keep, 1)
+    shape, cap = first[1].shape, max(round(CAP * keep), 1)
     capacity = max(room // (4 * sum(shape)), 2 * cap)
     taken = chunks(chain([first], begun), min(capacity, max(count, 1)))
     if count <= capacity:
@@ -78,7 +78,6 @@ def _streamed(
         partial = absorb(partial, [columns], rank, cap, seed=seed, excess=excess)
         image += forward([columns], probes, np.float64)
         size, seen = math.hypot(size, magnitude([columns])), seen + columns.count
-        del columns  # before the next chunk takes its place
     return _finished(partial, image, probes, keep, size, f"{seen} columns in {partial.cuts} chunks, cut to {cap}")
 
 

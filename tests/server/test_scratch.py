@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 
 from edge_runtime.errors import DiskFullError
-from edge_runtime.lora.adapter import Adapter, Deferred, joined
+from edge_runtime.lora.adapter import Adapter, Deferred, joined, remembering
 from edge_runtime.wire.messages import Rejected
 from server import aggregators
 from server.aggregators.method import save_state
@@ -53,6 +53,17 @@ def test_layers_are_made_each_time_and_small_adapters_stay_in_memory(tmp_path: P
     assert "z" not in second
     with pytest.raises(KeyError):
         second["z"]
+
+
+def test_the_layer_that_was_made_last_may_be_remembered(tmp_path: Path) -> None:
+    adapter = Adapter({"x": gaussian((5, 4), 2, 1), "y": gaussian((3, 4), 1, 2)})
+    kept = remembering(Scratch(tmp_path, memory=0).put(adapter))
+
+    first = kept["x"]
+    assert kept["x"] is first
+    np.testing.assert_array_equal(kept["y"].a, adapter["y"].a)
+    assert kept["x"] is not first
+    assert remembering(adapter) is adapter
 
 
 def test_the_file_is_closed_with_the_last_adapter_that_is_in_it(tmp_path: Path) -> None:
