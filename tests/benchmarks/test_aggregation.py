@@ -15,7 +15,7 @@ from server.scratch import Scratch
 
 def test_the_dense_way_is_the_formula_of_the_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.aggregation.PANEL", 20)
-    state, updates = round_of({LAYER: (30, 24)}, 6, 8, Scratch(tmp_path, memory=0))
+    state, updates = round_of({LAYER: (70, 66)}, 6, 64, Scratch(tmp_path, memory=0))
     whole, s = naive(state, updates)
     total = sum(update.weight for update in updates)
     changes = [(u.weight / total, u.trained[LAYER].product() - u.received[LAYER].product()) for u in updates]
