@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -100,8 +101,10 @@ class Running:
         threads = [Thread(target=self._noting, args=(who, call)) for who, call in work.items()]
         for thread in threads:
             thread.start()
+        # On a busy machine a message that is said again may take two turns of half a minute.
+        until = time.monotonic() + 200
         for thread in threads:
-            thread.join(60)
+            thread.join(max(0.0, until - time.monotonic()))
         self.stopped = True
         for thread in threads:
             thread.join(20)
