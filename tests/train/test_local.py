@@ -22,12 +22,12 @@ from tests.train.tiny import random_adapter
 
 pytest.importorskip("torch")
 
-from edge_runtime.train import data
 from edge_runtime.train.bounds import PRIMITIVES, VARIABLES, bound_primitive_cache
 from edge_runtime.train.families import get
 from edge_runtime.train.local import LocalSettings, LocalTrainer
 from edge_runtime.train.planning import Owner
 from profiles.terms import Overrides
+from tests.train.devices import settings_in
 
 pytestmark = pytest.mark.torch
 
@@ -48,15 +48,7 @@ ROOMY = Overrides(rank=8, held=16, precision="nf4", micro_batch=2, threads=1)
 @pytest.fixture(scope="module")
 def settings(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> LocalSettings:
     """A device that trains the last two of three layers at rank 2, and holds rank 2."""
-    folder = tmp_path_factory.mktemp("device")
-    return LocalSettings(
-        base=str(tiny_base),
-        examples=data.load_examples(str(write_examples(folder / "examples.jsonl", 0))),
-        eval_fraction=0.25,
-        eval_examples=2,
-        owner=Owner(overrides=SMALL),
-        cache=folder / "cache",
-    )
+    return settings_in(tmp_path_factory.mktemp("device"), tiny_base, SMALL)
 
 
 def introduced(settings: LocalSettings, spec: AdapterSpec = SPEC, ceiling: int | None = None) -> LocalTrainer:

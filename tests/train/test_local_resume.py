@@ -22,18 +22,17 @@ from edge_runtime.lora.adapter import Adapter
 from edge_runtime.lora.algebra import decompose, to_pair
 from edge_runtime.trainer import AdapterSpec, LocalResult, StepReport, Training
 from tests.product import QUIET
-from tests.story.fleet import write_examples
 from tests.train.tiny import random_adapter
 
 torch = pytest.importorskip("torch")
 
-from edge_runtime.train import data  # noqa: E402 - after the check that torch is there
 from edge_runtime.train.families import get  # noqa: E402 - as above
 from edge_runtime.train.keeping import FINISHED, IN_PROGRESS, Keeping  # noqa: E402 - as above
 from edge_runtime.train.local import LocalSettings, LocalTrainer  # noqa: E402 - as above
 from edge_runtime.train.loss import unwrap  # noqa: E402 - as above
 from edge_runtime.train.planning import Owner  # noqa: E402 - as above
 from profiles.terms import Overrides  # noqa: E402 - as above
+from tests.train.devices import settings_in  # noqa: E402 - as above
 
 pytestmark = pytest.mark.torch
 
@@ -55,15 +54,7 @@ PLANNED = Overrides(rank=64, held=64, precision="fp32", micro_batch=1, threads=1
 @pytest.fixture(scope="module")
 def settings(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> LocalSettings:
     """A device that keeps nothing on disk."""
-    folder = tmp_path_factory.mktemp("device")
-    return LocalSettings(
-        base=str(tiny_base),
-        examples=data.load_examples(str(write_examples(folder / "examples.jsonl", 0))),
-        eval_fraction=0.25,
-        eval_examples=2,
-        owner=Owner(overrides=PLANNED),
-        cache=folder / "cache",
-    )
+    return settings_in(tmp_path_factory.mktemp("device"), tiny_base, PLANNED)
 
 
 def keeping(settings: LocalSettings, folder: Path) -> LocalSettings:

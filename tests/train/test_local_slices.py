@@ -12,16 +12,14 @@ from edge_runtime.lora import allocation, slices
 from edge_runtime.lora.adapter import Adapter, Pair
 from edge_runtime.lora.algebra import changed, decompose, take, to_pair
 from edge_runtime.trainer import AdapterSpec, LocalResult, Training
-from tests.story.fleet import write_examples
 from tests.train.tiny import random_adapter
 
 pytest.importorskip("torch")
 
-from edge_runtime.train import data
 from edge_runtime.train.keeping import Keeping
 from edge_runtime.train.local import LocalSettings, LocalTrainer
-from edge_runtime.train.planning import Owner
 from profiles.terms import Overrides
+from tests.train.devices import settings_in
 
 pytestmark = pytest.mark.torch
 
@@ -37,15 +35,7 @@ PLANNED = Overrides(rank=4, held=12, precision="fp32", micro_batch=1, threads=1,
 
 @pytest.fixture(scope="module")
 def settings(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> LocalSettings:
-    folder = tmp_path_factory.mktemp("device")
-    return LocalSettings(
-        base=str(tiny_base),
-        examples=data.load_examples(str(write_examples(folder / "examples.jsonl", 0))),
-        eval_fraction=0.25,
-        eval_examples=2,
-        owner=Owner(overrides=PLANNED),
-        cache=folder / "cache",
-    )
+    return settings_in(tmp_path_factory.mktemp("device"), tiny_base, PLANNED)
 
 
 def introduced(settings: LocalSettings, training: Training = TRAINING) -> LocalTrainer:

@@ -13,18 +13,18 @@ import pytest
 
 from edge_runtime.errors import ConfigError, MissingExtraError
 from edge_runtime.trainer import AdapterSpec, LocalResult, Training
-from tests.story.fleet import TARGETS, write_examples
+from tests.story.fleet import TARGETS
 from tests.train.tiny import random_adapter
 
 pytest.importorskip("torch")
 
-from edge_runtime.train import data, reporting, trackers
+from edge_runtime.train import reporting, trackers
 from edge_runtime.train.local import LocalSettings, LocalTrainer
-from edge_runtime.train.planning import Owner
 from edge_runtime.train.reporting import Reporting, Reports
 from edge_runtime.train.resume import StepReport
 from edge_runtime.train.rows import Example
 from profiles.terms import Overrides
+from tests.train.devices import settings_in
 
 pytestmark = pytest.mark.torch
 
@@ -39,15 +39,7 @@ SMALL = Overrides(rank=2, held=2, layers_trained=2, precision="nf4", micro_batch
 
 @pytest.fixture(scope="module")
 def device(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> LocalSettings:
-    folder = tmp_path_factory.mktemp("device")
-    return LocalSettings(
-        base=str(tiny_base),
-        examples=data.load_examples(str(write_examples(folder / "examples.jsonl", 0))),
-        eval_fraction=0.25,
-        eval_examples=2,
-        owner=Owner(overrides=SMALL),
-        cache=folder / "cache",
-    )
+    return settings_in(tmp_path_factory.mktemp("device"), tiny_base, SMALL)
 
 
 def lived(device: LocalSettings, wanted: Reporting, said: list[str], rounds: int = 2) -> LocalResult:

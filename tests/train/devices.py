@@ -1,0 +1,23 @@
+"""A device of the tests: examples of its own in a folder of its own, and a plan that no machine changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edge_runtime.train import data
+from edge_runtime.train.local import LocalSettings
+from edge_runtime.train.planning import Owner
+from profiles.terms import Overrides
+from tests.story.fleet import write_examples
+
+
+def settings_in(folder: Path, base: Path, plan: Overrides) -> LocalSettings:
+    """A device that keeps nothing on disk but its examples and its tokens."""
+    return LocalSettings(
+        base=str(base),
+        examples=data.load_examples(str(write_examples(folder / "examples.jsonl", 0))),
+        eval_fraction=0.25,
+        eval_examples=2,
+        owner=Owner(overrides=plan),
+        cache=folder / "cache",
+    )
