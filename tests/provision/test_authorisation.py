@@ -102,8 +102,9 @@ class Running:
         for thread in threads:
             thread.start()
         until = time.monotonic() + patience
-        for thread in threads:
-            thread.join(max(0.0, until - time.monotonic()))
+        # The devices first: without one that was refused, the fleet never ends.
+        for thread in reversed(threads):
+            thread.join(0.0 if self.errors else max(0.0, until - time.monotonic()))
         self.stopped = True
         for thread in threads:
             thread.join(20)
