@@ -10,29 +10,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edge_runtime import agent, room, slicing
+from edge_runtime.conversation import Conversation
 from edge_runtime.errors import (
     DeviceMemoryError,
     EdgeRuntimeError,
     FingerprintMismatchError,
     RejectedError,
-    TooLargeError,
-    WireError,
 )
-from edge_runtime.fetching import Fetching
-from edge_runtime.identity import Identity, hello_of, offline, online, will
+from edge_runtime.identity import Identity, hello_of, will
 from edge_runtime.keeper import Keeper, Watch
 from edge_runtime.lora.adapter import Adapter
 from edge_runtime.lora.algebra import cut
 from edge_runtime.state import DeviceState
 from edge_runtime.trainer import AdapterSpec, Delivered, Introduction, StepReport, Trainer, Training
-from edge_runtime.wire import bands, blobs, codec, feedback, topics, update
-from edge_runtime.wire.messages import Band, Directive, Losses, Message, Offer, Rejected, Report, dump, is_absence, load
+from edge_runtime.wire import bands, blobs, codec, feedback, update
+from edge_runtime.wire.messages import Band, Directive, Hello, Losses, Offer, Rejected, Report
 from edge_runtime.wire.transport import Delivery, Transport
 
-__all__ = ["REPEAT_SECONDS", "Client", "Identity", "refused", "will"]
-
-REPEAT_SECONDS = 10.0
-"""How long an unanswered message waits before it is said again."""
+__all__ = ["Client", "Identity", "refused", "will"]
 
 
 @dataclass
@@ -67,19 +62,15 @@ class Client:
         say: Callable[[str], None],
         watch: Watch | None = None,
     ) -> None:
-        self._name, self._fleet, self._chunk_bytes = identity.client, identity.fleet, identity.chunk_bytes
-        self._identity, self._guard = identity, identity.guard
+        self._identity, self._name = identity, identity.client
         self._transport, self._disk, self._trainer = transport, state, trainer
         watch = watch or Watch()
-        self._deliver, self._say, self._clock = deliver, say, watch.clock
-        outbox = state.outbox
-        offer = outbox[0] if outbox else None
-        self._state = agent.start(self._name, state.run, offer, state.settled, identity.instance)
+        self._deliver, self._say = deliver, say
+        self._conversation = Conversation(
+            identity, transport=transport, state=state, clock=watch.clock, say=say, perform=self._perform
+        )
         self._intro: Introduction | None = None
-        self._fetching = Fetching(self._fleet, transport, state, watch.clock)
-        self._fetched: agent.Fetched | None = None
         self._progress = Progress()
-        self._heard = watch.clock()
         self._keeper = Keeper(state, watch, say=say)
         self._gate = self._keeper.gate(self._pauses)
         state.on_full = room.waiting(watch, say, self._pauses)
@@ -89,7 +80,7 @@ class Client:
     @property
     def left(self) -> bool:
         """Whether its fleet life is over: the personal adapter is made and reported."""
-        return self._state.left
+        return self._conversation.state.left
 
     def run(self, stop: Callable[[], bool], *, poll: float = 0.5) -> None:
         """Take part until the fleet has finished, or `stop()` says so.
@@ -99,89 +90,34 @@ class Client:
             RejectedError: the server refused this device for another reason.
             EdgeRuntimeError: planning, training or export failed; the server was told.
         """
-        self._be_there()
-        self._transport.subscribe(topics.status(self._fleet, self._name))
-        self._transport.subscribe(topics.down(self._fleet, self._name))
-        self._transport.subscribe(topics.directive(self._fleet))
+        self._conversation.begin()
         try:
-            self._take_part(stop, poll)
+            while not stop() and not self.left:
+                delivery = self._transport.receive(poll)
+                if delivery is not None:
+                    self.handle(delivery)
+                self._conversation.go_on()
         finally:
-            gone = offline(self._fleet, self._name, self._guard, self._identity.instance)
-            self._transport.publish(*gone, retain=True)
-            self._transport.flush(10.0)
+            self._conversation.end()
 
-    def _take_part(self, stop: Callable[[], bool], poll: float) -> None:
-        sessions = self._transport.sessions
-        while not stop() and not self._state.left:
-            delivery = self._transport.receive(poll)
-            if delivery is not None:
-                self.handle(delivery)
-            if self._transport.sessions != sessions:
-                sessions = self._transport.sessions
-                self._be_there()
-                self._apply(agent.Repeat())
-            elif self._clock() - self._heard >= REPEAT_SECONDS and self._transport.flush(0.0):
-                # Nothing of ours is still on its way, so the silence is not that of a slow link.
-                self._heard = self._clock()
-                self._fetching.ask_again()
-                self._apply(agent.Repeat())
-
-    def _be_there(self) -> None:
-        self._transport.publish(*online(self._identity, self._transport.sessions), retain=True)
+    def handle(self, delivery: Delivery) -> None:
+        """Take one delivery. Nonsense is said and dropped; the device goes on."""
+        self._conversation.handle(delivery)
 
     def _pauses(self, reason: str) -> None:
         self._report("paused", detail=reason[:1024])
 
-    def handle(self, delivery: Delivery) -> None:
-        """Take one delivery. Nonsense is said and dropped; the device goes on."""
-        topic = topics.parse(self._fleet, delivery.topic)
-        delivery.ack()  # nothing here is needed again: directives and bands are retained, answers can be had again
-        if topic is None or not delivery.payload:
-            return
-        try:
-            event = self._event(topic, delivery)
-        except WireError as error:
-            self._say(f"dropped a message on {delivery.topic}: {error}")
-            return
-        if event is not None:
-            self._apply(event)  # not within the try: what goes wrong in our own work is no nonsense from outside
-
-    def _event(self, topic: topics.Topic, delivery: Delivery) -> agent.Event | None:
-        """What a delivery says; a chunk says something once it is the last one."""
-        if topic.kind == "blob":
-            return self._chunk(topic, delivery.payload)
-        if topic.kind == "status" and is_absence(delivery.payload):
-            # The last will of a replaced connection may come late; and whoever else says it is rightly contradicted.
-            self._be_there()
-        opened = self._guard.open(delivery.topic, delivery.payload) if topic.kind in {"round", "down"} else None
-        if opened is None:
-            return None
-        self._heard = self._clock()
-        message = load(opened)
-        self._guard.settle()
-        return agent.Received(message)
-
-    def _apply(self, event: agent.Event) -> None:
-        self._state, actions = agent.step(self._state, event)
-        for action in actions:
-            self._perform(action)
-
     def _perform(self, action: agent.Action) -> None:
         match action:
-            case agent.Say(message):
-                # An answer is due from now on, however long the work before it took.
-                self._heard = self._clock()
-                self._publish(message)
+            case agent.Say(Hello()) if self._untold:  # nobody listens to a device that has not said who it is
+                told, self._untold = self._untold, ""
+                self._report("planned", detail=told)
             case agent.MakePlan(spec, training):
                 self._working("planning", lambda: self._introduce(spec, training))
             case agent.Fetch(directive):
                 self._fetch(directive)
             case agent.Train(directive):
                 self._working(f"training round {directive.round}", lambda: self._train(directive))
-            case agent.SendChunks(offer, ranges):
-                self._send(offer, ranges)
-            case agent.Settle(round_number, arrived):
-                self._disk.settle(round_number, arrived=arrived)
             case agent.Adopt(run):
                 self._disk.adopt(run)
             case agent.Finish(directive):
@@ -206,7 +142,7 @@ class Client:
             self._keeper.end()
             raise
         self._keeper.end()
-        self._apply(event)
+        self._conversation.apply(event)
 
     def _stepping_down(self, work: Callable[[], agent.Event]) -> agent.Event:
         try:
@@ -225,17 +161,9 @@ class Client:
         return agent.Planned(hello_of(self._name, intro))
 
     def _fetch(self, directive: Directive) -> None:
-        self._progress.round, self._fetched = directive.round, agent.Fetched(directive.version)
-        self._fetching.begin({band.blob.sha256: band.blob for band in self._bands(directive)})
+        self._progress.round = directive.round
         self._report("fetching")
-        if self._fetching.complete:
-            self._apply(self._fetched)
-
-    def _chunk(self, topic: topics.Topic, payload: bytes) -> agent.Event | None:
-        if not self._fetching.take(topic.digest, topic.chunk, payload):
-            return None
-        self._heard = self._clock()
-        return self._fetched if self._fetching.complete else None
+        self._conversation.fetch(directive.version, {band.blob.sha256: band.blob for band in self._bands(directive)})
 
     @property
     def _planned(self) -> Introduction:
@@ -281,7 +209,7 @@ class Client:
         made = update.make(result.change, slices.before, owed, self._terms(directive), slices.directions)
         offer = Offer(
             client=self._name, run=directive.run, round=directive.round, version=directive.version,
-            blob=blobs.describe(made.payload, self._chunk_bytes), examples=result.examples,
+            blob=blobs.describe(made.payload, self._conversation.chunk_bytes), examples=result.examples,
             loss_first=result.loss_first, loss_last=result.loss_last,
         )  # fmt: skip
         self._disk.put_outbox(offer, made.payload, feedback.dump(made.residual))
@@ -325,35 +253,6 @@ class Client:
     def _losses(self, **found: float | None) -> None:
         self._progress.losses = self._progress.losses.model_copy(update=found)
 
-    def _send(self, offer: Offer, ranges: tuple[tuple[int, int], ...]) -> None:
-        outbox = self._disk.outbox
-        if outbox is None or outbox[0].blob.sha256 != offer.blob.sha256:
-            return  # settled in the meantime
-        chunks = blobs.split(outbox[1], offer.blob.chunk_bytes)
-        for index in blobs.from_ranges(ranges, len(chunks)):
-            topic = topics.upload(self._fleet, self._name, offer.blob.sha256, index)
-            try:
-                self._transport.publish(topic, chunks[index])
-            except TooLargeError as error:
-                self._recut(*outbox, error)
-                return
-            self._heard = self._clock()
-
-    def _recut(self, offer: Offer, payload: bytes, error: TooLargeError) -> None:
-        """Offer the same update in chunks that the broker takes."""
-        self._chunk_bytes = blobs.smaller(min(self._chunk_bytes, offer.blob.chunk_bytes), self._transport.largest)
-        self._say(f"{error}; the update is offered in chunks of {self._chunk_bytes} bytes instead")
-        offer = offer.model_copy(update={"blob": blobs.describe(payload, self._chunk_bytes)})
-        self._disk.recut_outbox(offer)
-        self._apply(agent.Recut(offer))
-
-    def _publish(self, message: Message) -> None:
-        topic = topics.up(self._fleet, self._name)
-        self._transport.publish(topic, self._guard.seal(topic, dump(message)))
-        if self._untold and message.type == "hello":  # nobody listens to a device that has not said who it is
-            told, self._untold = self._untold, ""
-            self._report("planned", detail=told)
-
     def _report(self, state: Any, **facts: Any) -> None:
         """Say what this device is doing; progress for the server, a picture for people."""
         report = Report(
@@ -366,7 +265,7 @@ class Client:
             peak_bytes=self._trainer.peak_bytes,
             **facts,
         )
-        self._publish(report)
+        self._conversation.publish(report)
 
 
 def refused(refusal: Rejected) -> EdgeRuntimeError:

@@ -17,31 +17,27 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from edge_runtime import agent, room
-from edge_runtime.client import REPEAT_SECONDS, refused
+from edge_runtime.client import refused
 from edge_runtime.config import Config
-from edge_runtime.errors import AggregationError, ConfigError, DiskFullError, TooLargeError, WireError
-from edge_runtime.fetching import Fetching
+from edge_runtime.conversation import Conversation
+from edge_runtime.errors import AggregationError, ConfigError, DiskFullError
 from edge_runtime.gateway.reduction import Reduced, make, reduce
 from edge_runtime.gateway.subtree import MANY, Subtree, method_of
-from edge_runtime.identity import Identity, offline, online
+from edge_runtime.identity import Identity
 from edge_runtime.keeper import Watch
 from edge_runtime.lora.adapter import Adapter, LayerSlot, Slot
 from edge_runtime.state import DeviceState
-from edge_runtime.wire import blobs, codec, topics, update
+from edge_runtime.wire import blobs, codec, update
 from edge_runtime.wire.messages import (
     Directive,
     Hello,
-    Message,
     Offer,
     Rejected,
     Report,
-    dump,
     group,
-    is_absence,
-    load,
     ungroup,
 )
-from edge_runtime.wire.transport import Delivery, Transport
+from edge_runtime.wire.transport import Transport
 from server.merging import merge_facts
 
 ABOVE = "above"
@@ -82,26 +78,23 @@ class Gateway:
         record: Callable[[Mapping[str, Any]], None],
         clock: Callable[[], float],
     ) -> None:
-        self._identity, self._config, self._guard = identity, config, identity.guard
-        self._name, self._fleet, self._chunk_bytes = identity.client, identity.fleet, identity.chunk_bytes
+        self._identity, self._config = identity, config
+        self._name, self._fleet = identity.client, identity.fleet
         self._transport, self._disk, self._clock = transport, state, clock
         self._open_subtree, self._say, self._record = subtree, say, record
         self._method = method_of(config, say)
-        outbox = state.outbox
-        self._state = agent.start(
-            self._name, state.run, outbox[0] if outbox else None, state.settled, identity.instance
+        self._conversation = Conversation(
+            identity, transport=transport, state=state, clock=clock, say=say, perform=self._perform
         )
         self._below: Subtree | None = None
-        self._fetching = Fetching(self._fleet, transport, state, clock)
-        self._fetched: agent.Fetched | None = None
         self._doing: Directive | None = None
-        self._heard = self._told = clock()
+        self._told = clock()
         self._seen = 0.0
 
     @property
     def left(self) -> bool:
         """Whether both fleets have finished."""
-        return self._state.left
+        return self._conversation.state.left
 
     def run(self, stop: Callable[[], bool], *, poll: float = 0.5) -> None:
         """Take part above and serve below until both fleets have finished, or `stop()` says so.
@@ -111,20 +104,14 @@ class Gateway:
             RejectedError: its server refused this gateway.
         """
         self._disk.on_full = room.waiting(Watch(clock=self._clock, stop=stop), self._say, self._pauses)
-        self._be_there()
-        for pattern in (topics.status(self._fleet, self._name), topics.down(self._fleet, self._name)):
-            self._transport.subscribe(pattern)
-        self._transport.subscribe(topics.directive(self._fleet))
-        self._sessions = self._transport.sessions
+        self._conversation.begin()
         try:
-            while not stop() and not self._state.left:
+            while not stop() and not self.left:
                 self._turn(poll)
         finally:
             if self._below is not None:
                 self._below.end()
-            gone = offline(self._fleet, self._name, self._guard, self._identity.instance)
-            self._transport.publish(*gone, retain=True)
-            self._transport.flush(10.0)
+            self._conversation.end()
 
     def _turn(self, poll: float) -> None:
         wait = poll if self._below is None else 0.0
@@ -132,15 +119,8 @@ class Gateway:
             delivery = self._transport.receive(wait)
             if delivery is None:
                 break
-            self._handle(delivery)
-        if self._transport.sessions != self._sessions:
-            self._sessions = self._transport.sessions
-            self._be_there()
-            self._apply(agent.Repeat())
-        elif self._clock() - self._heard >= REPEAT_SECONDS and self._transport.flush(0.0):
-            self._heard = self._clock()
-            self._fetching.ask_again()
-            self._apply(agent.Repeat())
+            self._conversation.handle(delivery)
+        self._conversation.go_on()
         below = self._subtree()
         if below is not None:
             below.turn(poll)
@@ -148,7 +128,7 @@ class Gateway:
 
     def _subtree(self) -> Subtree | None:
         """The subtree of this life of the fleet above; there is none before the first Directive."""
-        newest = self._state.directive
+        newest = self._conversation.state.directive
         if self._below is None and newest is not None and self._disk.run:
             obeyed = self._disk.fact(ABOVE)
             self._below = self._open_subtree(self._disk.run, Directive.model_validate(obeyed) if obeyed else newest)
@@ -161,8 +141,8 @@ class Gateway:
     def _work(self, below: Subtree) -> None:
         """Go on with what the agent asked for, as far as the subtree has come."""
         try:
-            if self._state.busy == "planning" and below.ready:
-                self._apply(agent.Planned(self._hello(below)))
+            if self._conversation.state.busy == "planning" and below.ready:
+                self._conversation.apply(agent.Planned(self._hello(below)))
             elif self._doing is not None:
                 self._obey(below, self._doing)
         except DiskFullError as error:
@@ -177,11 +157,11 @@ class Gateway:
         if directive.phase == "finish" and below.state.phase == "over":
             self._doing = None
             self._report("done", directive.round)
-            self._apply(agent.Finished())
+            self._conversation.apply(agent.Finished())
         elif directive.phase == "train" and below.complete(directive.round):
             event = self._reduced(below, directive)
             self._doing = None
-            self._apply(event)
+            self._conversation.apply(event)
         elif below.state.progress_at != self._seen and self._due():
             self._seen = below.state.progress_at
             doing = "personalising" if directive.phase == "finish" else "training"
@@ -210,7 +190,7 @@ class Gateway:
             self._say(f"round {number} gives no increment: {error}")
             return agent.Nothing(number)
         offers = below.offers(number)
-        offer = self._offer(directive, offers, found, blobs.describe(made.payload, self._chunk_bytes))
+        offer = self._offer(directive, offers, found, blobs.describe(made.payload, self._conversation.chunk_bytes))
         self._disk.put_outbox(offer, made.payload, codec.encode(made.owed, "fp32"))
         facts = {"round": number, "updates": len(offers), "bytes": len(made.payload), **merge_facts(found.merged)}
         self._record({"event": "reduce", **facts, "version": directive.version})
@@ -237,7 +217,7 @@ class Gateway:
         """How the subtree introduces itself: with all its examples, and every direction of every layer."""
         members = below.state.members
         first = next(iter(members.values())).hello
-        held = self._state.directive.adapter.max_held if self._state.directive else 1
+        held = self._conversation.state.directive.adapter.max_held if self._conversation.state.directive else 1
         shapes = ungroup(first.groups).shapes
         slot = Slot({name: LayerSlot(*shape, min(held, *shape), min(held, *shape)) for name, shape in shapes.items()})
         return Hello(
@@ -253,56 +233,14 @@ class Gateway:
 
     # ── the shell around the agent ────────────────────────────────────────────────────────────────────────────────
 
-    def _be_there(self) -> None:
-        self._transport.publish(*online(self._identity, self._transport.sessions), retain=True)
-
-    def _handle(self, delivery: Delivery) -> None:
-        topic = topics.parse(self._fleet, delivery.topic)
-        delivery.ack()
-        if topic is None or not delivery.payload:
-            return
-        event: agent.Event | None = None
-        try:
-            if topic.kind == "blob":
-                if self._fetching.take(topic.digest, topic.chunk, delivery.payload):
-                    self._heard = self._clock()
-                    event = self._fetched if self._fetching.complete else None
-            elif topic.kind == "status":
-                if is_absence(delivery.payload):
-                    self._be_there()
-            elif (opened := self._guard.open(delivery.topic, delivery.payload)) is not None:
-                self._heard = self._clock()
-                event = agent.Received(load(opened))
-                self._guard.settle()
-        except WireError as error:
-            self._say(f"dropped a message on {delivery.topic}: {error}")
-            return
-        if event is not None:
-            self._apply(event)
-
-    def _apply(self, event: agent.Event) -> None:
-        self._state, actions = agent.step(self._state, event)
-        for action in actions:
-            self._perform(action)
-
     def _perform(self, action: agent.Action) -> None:
         match action:
-            case agent.Say(message):
-                self._heard = self._clock()
-                self._publish(message)
             case agent.MakePlan():
                 self._check()
             case agent.Fetch(directive):
-                self._fetched = agent.Fetched(directive.version)
-                self._fetching.begin({band.blob.sha256: band.blob for band in directive.bands})
-                if self._fetching.complete:
-                    self._apply(self._fetched)
+                self._conversation.fetch(directive.version, {band.blob.sha256: band.blob for band in directive.bands})
             case agent.Train(directive) | agent.Finish(directive):
                 self._doing = directive
-            case agent.SendChunks(offer, ranges):
-                self._send(offer, ranges)
-            case agent.Settle(number, arrived):
-                self._disk.settle(number, arrived=arrived)
             case agent.Adopt(run):
                 self._adopt(run)
             case agent.Wait(refusal):
@@ -312,7 +250,7 @@ class Gateway:
                     raise refused(refusal)
 
     def _check(self) -> None:
-        directive = self._state.directive
+        directive = self._conversation.state.directive
         if directive is not None and not directive.increments:
             raise ConfigError(
                 f"the fleet '{self._fleet}' merges by a method that takes no increments, which is all that a gateway "
@@ -327,30 +265,13 @@ class Gateway:
         self._doing = None
         self._disk.adopt(run)
         # What was under way has no meaning any more, and the new subtree's devices have yet to come: plan anew.
-        self._apply(agent.Exhausted())
-
-    def _send(self, offer: Offer, ranges: tuple[tuple[int, int], ...]) -> None:
-        outbox = self._disk.outbox
-        if outbox is None or outbox[0].blob.sha256 != offer.blob.sha256:
-            return
-        chunks = blobs.split(outbox[1], offer.blob.chunk_bytes)
-        for index in blobs.from_ranges(ranges, len(chunks)):
-            try:
-                self._transport.publish(topics.upload(self._fleet, self._name, offer.blob.sha256, index), chunks[index])
-            except TooLargeError:
-                self._chunk_bytes = blobs.smaller(offer.blob.chunk_bytes, self._transport.largest)
-                smaller = offer.model_copy(update={"blob": blobs.describe(outbox[1], self._chunk_bytes)})
-                self._disk.recut_outbox(smaller)
-                self._apply(agent.Recut(smaller))
-                return
-
-    def _publish(self, message: Message) -> None:
-        topic = topics.up(self._fleet, self._name)
-        self._transport.publish(topic, self._guard.seal(topic, dump(message)))
+        self._conversation.apply(agent.Exhausted())
 
     def _pauses(self, reason: str) -> None:
         self._report("paused", self._doing.round if self._doing else 0, detail=reason[:1024])
 
     def _report(self, state: Any, number: int, **facts: Any) -> None:
         sent, received = self._transport.bytes_sent, self._transport.bytes_received
-        self._publish(Report(client=self._name, state=state, round=number, bytes_up=sent, bytes_down=received, **facts))
+        self._conversation.publish(
+            Report(client=self._name, state=state, round=number, bytes_up=sent, bytes_down=received, **facts)
+        )

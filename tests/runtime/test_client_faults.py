@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_runtime.client import REPEAT_SECONDS
+from edge_runtime.conversation import REPEAT_SECONDS
 from edge_runtime.errors import (
     DataError,
     EdgeRuntimeError,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from edge_runtime.client import REPEAT_SECONDS
+from edge_runtime.conversation import REPEAT_SECONDS
 from edge_runtime.errors import RejectedError
 from edge_runtime.keeper import Watch
 from edge_runtime.wire import blobs
@@ -50,7 +50,7 @@ def test_an_update_that_the_broker_does_not_take_is_offered_in_smaller_chunks(de
     big = offer.model_copy(update={"blob": blobs.describe(payload, 4096)})
     desk.disk.put_outbox(big, payload)
     desk.restart()
-    desk.client._chunk_bytes = 4096
+    desk.client._conversation.chunk_bytes = 4096
     desk.work()
     assert of(Offer, desk.tell(WELCOME)) == [big]
     desk.transport.largest = 1500
