@@ -7,7 +7,6 @@ asks for (a plan, a round, the end) differs from one kind of device to the next,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 from edge_runtime import agent
 from edge_runtime.errors import TooLargeError, WireError
@@ -22,13 +21,6 @@ REPEAT_SECONDS = 10.0
 """How long an unanswered message waits before it is said again."""
 
 
-class Perform(Protocol):
-    """Whoever does what the agent asks for."""
-
-    def __call__(self, action: agent.Action, /) -> None:
-        """Do it; of what the conversation has done itself (messages, chunks, settlements) take note."""
-
-
 class Conversation:
     """One device's talk with its fleet.
 
@@ -38,7 +30,8 @@ class Conversation:
         state: opened.
         clock: seconds, monotonic.
         say: told a sentence for people whenever something happens.
-        perform: does what is the device's own.
+        perform: told of every action; does what is the device's own, and takes note of messages, chunks and settlements,
+            which are done already.
     """
 
     def __init__(
@@ -49,7 +42,7 @@ class Conversation:
         state: DeviceState,
         clock: Callable[[], float],
         say: Callable[[str], None],
-        perform: Perform,
+        perform: Callable[[agent.Action], None],
     ) -> None:
         self._identity, self._guard, self._transport = identity, identity.guard, transport
         self._name, self._fleet, self.chunk_bytes = identity.client, identity.fleet, identity.chunk_bytes
