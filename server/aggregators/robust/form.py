@@ -21,7 +21,7 @@ from server.aggregators.method import Aggregator, Update
 
 def scaled(method: Aggregator, update: Update, factor: float) -> Update:
     """The update whose increment is `factor` times as large, as this method reads it."""
-    if method.hold_more:
+    if method.increments:
         return replace(update, discount=update.discount * factor)
     if method.exact:
         return update if factor == 1.0 else _side_by_side(update, factor)
