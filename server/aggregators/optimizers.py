@@ -122,37 +122,43 @@ def _steps(
 ) -> Iterator[tuple[str, Pair, Pair | None, LayerReport]]:
     """New pair, tail and report of each layer that was merged; its memory in `carried` becomes that of after."""
     for name, report in merged.layers.items():
-        seed, rank = f"{state.version + 1}:{name}", state.adapter.rank_of(name)
-        before, after = _whole(state, name), _whole(merged.state, name)
-        terms = [*((1.0, pair) for pair in after), *((-1.0, pair) for pair in before)]
-        change, _ = _sum(terms, sum(pair.rank for _, pair in terms), f"{seed}:change")
-        known = carried[VELOCITY].get(name)
-        follows: Terms = [(optimizer.new, change), *([(optimizer.old, known)] if known else [])]
-        velocity, dropped = _sum(follows, CAP * rank, f"{seed}:velocity")
-        carried[VELOCITY][name] = velocity
-        if optimizer.second is not None:
-            moments = _moments(change, carried[MOMENTS].get(name), optimizer.second)
-            carried[MOMENTS][name] = moments
-            velocity = _scaled(velocity, moments, optimizer.tau)
+        before = _whole(state, name)
+        velocity, dropped = _velocity(state, merged, name, optimizer, carried)
         held: Terms = [*((1.0, pair) for pair in before), (optimizer.rate, velocity)]
+        rank, seed = state.adapter.rank_of(name), f"{state.version + 1}:{name}"
         keep = 2 * rank if tail else rank
         found = total(held, sum(pair.rank for _, pair in held), rank, keep, seed=f"{seed}:step")
         stop = min(found.spectrum.numerical_rank, keep)
-        new = refill(to_pair(found.spectrum, 0, min(rank, stop)), rank, seed)
-        yield (
-            name,
-            new,
-            to_pair(found.spectrum, rank, stop) if tail and stop > rank else None,
-            replace(
-                report,
-                norm=found.norm,
-                truncated=found.truncated(rank),
-                lost=hypot(found.truncated(max(stop, rank)), dropped, report.lost),
-                bound=found.certificate(rank),
-                how=found.how,
-                why=found.why,
-            ),
+        told = replace(
+            report,
+            norm=found.norm,
+            truncated=found.truncated(rank),
+            lost=hypot(found.truncated(max(stop, rank)), dropped, report.lost),
+            bound=found.certificate(rank),
+            how=found.how,
+            why=found.why,
         )
+        new = refill(to_pair(found.spectrum, 0, min(rank, stop)), rank, seed)
+        yield name, new, to_pair(found.spectrum, rank, stop) if tail and stop > rank else None, told
+
+
+def _velocity(
+    state: State, merged: Merged, name: str, optimizer: Optimizer, carried: dict[str, dict[str, Pair]]
+) -> tuple[Pair, float]:
+    """What the step of a layer follows, and the norm of what was cut off it; `carried` becomes that of after."""
+    before, after = _whole(state, name), _whole(merged.state, name)
+    seed, rank = f"{state.version + 1}:{name}", state.adapter.rank_of(name)
+    terms = [*((1.0, pair) for pair in after), *((-1.0, pair) for pair in before)]
+    change, _ = _sum(terms, sum(pair.rank for _, pair in terms), f"{seed}:change")
+    known = carried[VELOCITY].get(name)
+    follows: Terms = [(optimizer.new, change), *([(optimizer.old, known)] if known else [])]
+    velocity, dropped = _sum(follows, CAP * rank, f"{seed}:velocity")
+    carried[VELOCITY][name] = velocity
+    if optimizer.second is None:
+        return velocity, dropped
+    moments = _moments(change, carried[MOMENTS].get(name), optimizer.second)
+    carried[MOMENTS][name] = moments
+    return _scaled(velocity, moments, optimizer.tau), dropped
 
 
 def _whole(state: State, name: str) -> list[Pair]:
