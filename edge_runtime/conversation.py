@@ -30,8 +30,7 @@ class Conversation:
         state: opened.
         clock: seconds, monotonic.
         say: told a sentence for people whenever something happens.
-        perform: told of every action; does what is the device's own, and takes note of messages, chunks and settlements,
-            which are done already.
+        perform: told of every action; does what is the device's own. Messages, chunks and settlements are done already.
     """
 
     def __init__(
