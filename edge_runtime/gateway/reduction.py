@@ -54,14 +54,21 @@ def reduce(method: Aggregator, updates: Iterable[Update], owed: Adapter, *, rank
     """
     known = sorted(updates, key=lambda update: update.client)
     shapes = {name: pair.shape for update in known for name, pair in update.trained.items()}
-    weights = _weights(known)
     nothing = Adapter({name: zero(shape, min(rank, *shape)) for name, shape in shapes.items()})
-    tail = Adapter({name: scale(pair, 1.0 / weights[name]) for name, pair in owed.items() if name in weights})
-    merged = method.combine(State(nothing, tail, version), known)
+
+    def combined(weights: Mapping[str, float]) -> Merged:
+        tail = Adapter({name: scale(pair, 1.0 / weights[name]) for name, pair in owed.items() if name in weights})
+        return method.combine(State(nothing, tail, version), known)
+
+    weights = _weights(known)
+    merged = combined(weights)
+    if merged.excluded:
+        # Whoever a rule left out has no part in the sum and gives it no weight, and what is owed is spread over the
+        # others. A rule looks at updates alone, so it leaves out the same ones again.
+        weights |= _weights([update for update in known if update.client not in merged.excluded])
+        merged = combined(weights) if owed else merged
     found = Adapter({name: _used(merged.state.adapter[name]) for name in merged.layers})
-    # Whoever a rule left out has no part in the sum, and gives it no weight.
-    counted = _weights([update for update in known if update.client not in merged.excluded])
-    return Reduced(found, {name: counted.get(name, weights[name]) for name in found}, merged)
+    return Reduced(found, {name: weights[name] for name in found}, merged)
 
 
 def _weights(updates: Sequence[Update]) -> dict[str, float]:

@@ -30,9 +30,14 @@ def method_of(config: Config, say: Callable[[str], None]) -> Aggregator:
     """How a subtree's updates are reduced.
 
     Raises:
-        ConfigError: no such method, or one that has no increments.
+        ConfigError: no such method, one that has no increments, or a server optimiser.
     """
     own = config.aggregator
+    if (own.model_extra or {}).get("optimizer") is not None:
+        raise ConfigError(
+            "a gateway sends what its devices changed, and a server optimiser makes steps of its own of it; leave "
+            "[aggregator] optimizer to the fleet above"
+        )
     method = aggregators.build(own.method, engines.build(config.server, say), **(own.model_extra or {}))
     if not method.increments:
         raise ConfigError(

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.errors import AggregationError, CorruptPayloadError
+from edge_runtime.config import Aggregator, Config
+from edge_runtime.errors import AggregationError, ConfigError, CorruptPayloadError
 from edge_runtime.gateway.reduction import Reduced, owing, reduce
+from edge_runtime.gateway.subtree import method_of
 from edge_runtime.lora.adapter import Adapter
 from edge_runtime.wire import blobs, codec
 from edge_runtime.wire.messages import Offer, dump, load
@@ -159,8 +161,14 @@ def test_whoever_a_rule_leaves_out_gives_the_sum_no_weight() -> None:
 
     ruled = METHOD._replace(combine=combine)
     found = reduce(ruled, updates, NOTHING, rank=WIDE, version=3)
-    wanted = reduce(METHOD, [u for u in updates if u.client != banned], NOTHING, rank=WIDE, version=3)
+    left = [update for update in updates if update.client != banned]
+    wanted = reduce(METHOD, left, NOTHING, rank=WIDE, version=3)
     assert found.weights == wanted.weights == dict.fromkeys(SHAPES, 15.0)
+    assert found.increment.digest() == wanted.increment.digest()
+    # What is owed is a sum over examples: it counts as much when fewer of them are left to spread it over.
+    owed = learnt_state(2).adapter
+    found = reduce(ruled, updates, owed, rank=WIDE, version=3)
+    wanted = reduce(METHOD, left, owed, rank=WIDE, version=3)
     assert found.increment.digest() == wanted.increment.digest()
 
 
@@ -200,3 +208,9 @@ def test_a_fleet_without_increments_refuses_one() -> None:
     assert refused.code == "kind"
     assert offers.refusal(state, increment_offer(), policy(increments=True)) is None
     assert offers.refusal(state, increment_offer(kind="slice"), policy()) is None
+
+
+def test_a_site_takes_no_server_optimiser() -> None:
+    config = Config(aggregator=Aggregator.model_validate({"optimizer": "adam"}))
+    with pytest.raises(ConfigError, match="to the fleet above"):
+        method_of(config, print)
