@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.aggregation_fleet import Layers, round_of
+from benchmarks.resident import peak_bytes
 from server.aggregators.increment import increment
 from server.scratch import Scratch
 
@@ -46,7 +46,7 @@ def merged(layers: Layers, clients: int) -> Mapping[str, Any]:
         return {
             "seconds": time.perf_counter() - began,
             "cpu_seconds": time.process_time() - cpu,
-            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "peak_mb": peak_bytes() / 1e6,
             "disk_mb": room.written / 2**20,
             "layers": {name: vars(report) for name, report in found.layers.items()},
         }

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import fuzz_inputs, fuzz_targets
+from benchmarks.resident import peak_bytes
 from benchmarks.result import Goal, result
 
 MIB = 2**20
@@ -64,7 +65,7 @@ def throw(target: str, count: int, seed: int, found: Path) -> Outcome:
     """Throw that many inputs at a target, in this process; what does harm is kept in the folder `found`."""
     draw = Random(f"{seed}:{target}")
     makers = fuzz_inputs.makers()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_bytes()
     harm, said, done = 0, "", 0
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as place:  # noqa: S108
         if target in fuzz_targets.PLAIN:
@@ -85,7 +86,7 @@ def throw(target: str, count: int, seed: int, found: Path) -> Outcome:
             done += 1
         if end is not None:
             end.close()
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    peak = (peak_bytes() - before) / MIB
     return Outcome(done, harm, crashed=False, peak_mib=peak, said=said)
 
 

@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from benchmarks import resident
 from profiles.memory import Setting
 
 
@@ -65,10 +66,7 @@ def main(argument: str) -> None:
 
 def _on_host(job: Job) -> dict[str, Any]:
     loaded, seconds = _train(job)
-    status = dict(_status())
-    return {
-        "peak": status["VmHWM"], "file": status["RssFile"], "loaded": loaded, "seconds": seconds,
-    }  # fmt: skip
+    return {"peak": resident.peak_bytes(), "file": resident.resident("RssFile"), "loaded": loaded, "seconds": seconds}
 
 
 def _on_card(job: Job) -> dict[str, Any]:
@@ -110,7 +108,7 @@ def _train(job: Job) -> tuple[int, list[float]]:
     slot = Slot({name: LayerSlot(*layer) for name, layer in layers(setting, card_from_config(prepared.folder)).items()})
     live = get("lora").attach(base.model, slot, scaling=2.0)
     received = _received(live)  # kept by the client until the round ends
-    loaded = dict(_status())["VmRSS"]
+    loaded = resident.resident("VmRSS")
     task = loop.LocalTask(
         steps=job.steps, learning_rate=1e-3, micro_batch=setting.micro_batch,
         gradient_accumulation_steps=job.accumulation, gradient_checkpointing=setting.gradient_checkpointing,
@@ -159,13 +157,6 @@ def _conversations(max_length: int, *, equal: bool) -> Iterator[list[Any]]:
             yield turns
             wanted = 6 * max_length if equal else max_length * draw.uniform(2.5, 8.0)
             turns, size = [], 0
-
-
-def _status() -> Iterator[tuple[str, int]]:
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        key, _, value = line.partition(":")
-        if value.strip().endswith("kB"):
-            yield key, int(value.split()[0]) * 1024
 
 
 if __name__ == "__main__":

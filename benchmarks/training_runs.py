@@ -17,6 +17,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from benchmarks.resident import peak_bytes
+
 EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCALING = 2.0
 RATE = 2e-4
@@ -81,7 +83,7 @@ def _floor(_: Run) -> dict[str, Any]:
     # These two are what a training imports of transformers, which loads its parts when they are asked for.
     for name in ("AutoModelForCausalLM", "AutoTokenizer"):
         getattr(transformers, name)
-    return {"peak": _resident("VmHWM")}
+    return {"peak": peak_bytes()}
 
 
 def _ours(run: Run) -> dict[str, Any]:
@@ -362,7 +364,7 @@ def _found(
     seconds = [after - before for before, after in pairwise(times)]
     tokens = [sum(step) for step in lengths]
     return {
-        "peak": _resident("VmHWM"),
+        "peak": peak_bytes(),
         "tokens": tokens,
         "seconds": seconds,
         # The first step also compiles kernels and fills caches.
@@ -370,13 +372,6 @@ def _found(
         "losses": list(losses),
         "threads": run.threads,
     }
-
-
-def _resident(key: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit(f"/proc/self/status has no {key}; this benchmark needs Linux")
 
 
 if __name__ == "__main__":

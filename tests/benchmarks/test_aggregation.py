@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.aggregation import LAYER, naive, versus
 from benchmarks.aggregation_fleet import ranks_of, round_of
-from benchmarks.aggregation_round import LLAMA_7B, blocks
+from benchmarks.aggregation_round import LLAMA_7B, apart, blocks
 from server.scratch import Scratch
 
 
@@ -37,3 +37,10 @@ def test_both_ways_agree_and_the_excess_is_none_where_the_sum_is_exact() -> None
 def test_a_fleet_has_its_ranks_and_a_model_its_layers() -> None:
     assert ranks_of(6) == [4, 8, 16, 32, 64, 4]
     assert len(blocks(LLAMA_7B, 32)) == 32 * 7
+
+
+def test_the_peak_of_a_round_is_its_own_and_not_that_of_whoever_asked() -> None:
+    """A child that counted by getrusage would show the peak of this process, which has this in memory."""
+    large = np.ones(1 << 27)
+
+    assert 10 < apart({LAYER: (64, 64)}, 2)["peak_mb"] < large.nbytes / 1e6
