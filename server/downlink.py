@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from edge_runtime.config import Wire
 from edge_runtime.errors import CorruptPayloadError, TooLargeError
 from edge_runtime.lora.adapter import Adapter, remembering
@@ -11,6 +13,8 @@ from edge_runtime.wire.transport import Transport
 from server.scratch import Scratch
 from server.store import Store, StoredVersion
 
+DECODED_VERSIONS = 4
+"""Versions that are kept decoded: updates of a buffer are of several, and come in any order."""
 CLEARED_AGAIN = 3
 """So many versions that were cleared before are cleared once more each time; see `Downlink.clear`."""
 
@@ -27,7 +31,7 @@ class Downlink:
 
     def __init__(self, fleet: str, wire: Wire, transport: Transport, store: Store) -> None:
         self._fleet, self._wire, self._transport, self._store = fleet, wire, transport, store
-        self._decoded: tuple[int, Adapter] | None = None
+        self._decoded: dict[int, Adapter] = {}
 
     def cut(self, number: int, state: bytes, adapter: Adapter) -> tuple[StoredVersion, list[bytes]]:
         """A version's bands and their payloads."""
@@ -44,15 +48,19 @@ class Downlink:
             CorruptPayloadError: it has retired.
             DiskFullError: it is large, and there is no room to lay it down.
         """
-        if self._decoded is None or self._decoded[0] != version:
+        found = self._decoded.pop(version, None)
+        if found is None:
             stored = self._store.version(version)
             payloads = [self._store.blob(band.blob.sha256) for band in stored.bands] if stored else [None]
             if any(payload is None for payload in payloads):
                 raise CorruptPayloadError(f"version {version} has retired; train from the current one")
             room = Scratch(self._store.path.parent)
             decoded = [room.put(codec.decode(payload)) for payload in payloads if payload is not None]
-            self._decoded = version, remembering(bands.join(decoded))
-        return self._decoded[1]
+            found = remembering(bands.join(decoded))
+        while len(self._decoded) >= DECODED_VERSIONS:
+            del self._decoded[next(iter(self._decoded))]  # the one that was asked for the longest time ago
+        self._decoded[version] = found
+        return found
 
     def broadcast(self, version: StoredVersion) -> tuple[Band, ...]:
         """Publish the bands of a version, in chunks that the broker takes; returns how they are cut now."""
@@ -68,6 +76,13 @@ class Downlink:
         except TooLargeError:
             return self.broadcast(version)  # it turned out while we published
         return version.bands
+
+    def repeat(self, versions: Iterable[int]) -> None:
+        """Publish once more the bands of those of these versions that have not retired."""
+        for number in versions:
+            version = self._store.version(number)
+            if version is not None and all(self._store.blob(band.blob.sha256) is not None for band in version.bands):
+                self.broadcast(version)
 
     def clear(self, last: int) -> None:
         """Take versions up to this one, which nobody reads any more, from the broker, and then from the store.

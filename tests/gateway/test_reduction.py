@@ -21,8 +21,10 @@ from edge_runtime.wire.messages import Offer, dump, load
 from server import aggregators, offers
 from server.aggregators.method import Merged, State, Update
 from server.fleet import Member
-from server.rounds import State as RoundsState
+from server.rows import Rows
 from server.slices import update_of
+from server.state import EVERYBODY
+from server.state import State as RoundsState
 from tests.runtime.said import hello
 from tests.server.life import policy
 from tests.server.merging import LAYER, SHAPES, Dense, dense, learnt_state, updates_from
@@ -201,7 +203,7 @@ def test_weights_are_of_layers_of_the_update_and_at_most_its_examples(weights: t
 def test_a_fleet_without_increments_refuses_one() -> None:
     """A gateway does not join such a fleet; whoever offers one all the same is told why."""
     state = RoundsState(
-        run="one", phase="train", round=1, version=3, members={"g": Member(hello=hello("g"))}, asked=("g",)
+        run="one", phase="train", round=1, version=3, members=Rows({"g": Member(hello=hello("g"))}), sample=EVERYBODY
     )
     refused = offers.refusal(state, increment_offer(), policy())
     assert refused is not None

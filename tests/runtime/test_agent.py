@@ -71,8 +71,8 @@ def test_nothing_is_said_or_done_before_there_is_a_directive() -> None:
 
 def test_a_device_that_is_not_asked_waits() -> None:
     device = joined()
-    assert device.happen(Received(directive("train", 1, participants=("b", "c")))) == []
-    asked = directive("train", 2, participants=("a", "c"))
+    assert device.happen(Received(directive("train", 1, asked="bc"))) == []
+    asked = directive("train", 2, asked="ac")
     assert device.happen(Received(asked)) == [Fetch(asked)]
 
 
@@ -176,7 +176,7 @@ def test_a_fetch_is_given_up_when_the_fleet_moves_on() -> None:
 def test_a_fetch_is_given_up_when_the_fleet_moves_on_without_us() -> None:
     device = joined()
     device.happen(Received(directive("train", 1)))
-    assert device.happen(Received(directive("train", 2, participants=("b",)))) == []
+    assert device.happen(Received(directive("train", 2, asked="b"))) == []
     again = directive("train", 3)
     assert device.happen(Received(again)) == [Fetch(again)]
 
@@ -184,7 +184,7 @@ def test_a_fetch_is_given_up_when_the_fleet_moves_on_without_us() -> None:
 def test_what_was_fetched_is_not_trained_if_we_are_no_longer_asked() -> None:
     device = joined()
     device.happen(Received(directive("train", 1)))
-    device.happen(Received(directive("train", 1, participants=("b",))))
+    device.happen(Received(directive("train", 1, asked="b")))
     assert device.complete() == []
 
 

@@ -25,9 +25,9 @@ from edge_runtime.trainer import Delivered
 from edge_runtime.wire.guard import OPEN, Guard
 from edge_runtime.wire.memory import MemoryBroker, MemoryTransport
 from edge_runtime.wire.transport import Delivery
-from server import rounds
 from server.aggregators.method import load_state
 from server.service import Service
+from server.state import State
 from server.store import Store
 from tests.runtime.toy import ToyTrainer
 
@@ -253,7 +253,7 @@ class Fleet:
         self.operations: dict[str, list[str]] = {}
         self.kills: list[str] = []
         self.with_will = True
-        self.state: rounds.State | None = None
+        self.state: State | None = None
         self._makers, self._stutter = devices, stutter
         self._fuses = {name: list(numbers) for name, numbers in (fuses or {}).items()}
         self.seats: dict[str, Seat] = {}
