@@ -49,6 +49,8 @@ READS = {
     "fact",
     "band",
     "staged",
+    "staged_bytes",
+    "members",
     "have",
     "norms",
     "unrecorded",
