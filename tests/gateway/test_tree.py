@@ -199,3 +199,26 @@ def test_a_site_whose_updates_make_no_increment_is_not_waited_for_for_ever(
     assert set(tree.root.merges()) == {(number, 1) for number in (1, 2, 3)}
     assert any("gives no increment: all updates are refused" in note for note in tree.sites["north"].notes)
     assert dict(tree.sites["north"].delivered) == {"a": 1, "b": 1}
+
+
+def test_a_root_that_waits_for_nobody_takes_increments_of_older_versions(folder: Path) -> None:
+    """A gateway needs more turns for a round than devices of the root: its increments come late, and count once."""
+    overrides = (*EXACT, "rounds.min_available_nodes=4", "rounds.num_rounds=12", "rounds.mode=buffered")
+    tree = Tree(
+        folder, (*overrides, "rounds.max_staleness=9"), {"north": SITES["north"]}, direct=SITES["south"],
+        below=("rounds.mode=synchronous",),
+    ).run()  # fmt: skip
+    updates = [record for record in tree.root.records if record["event"] == "update"]
+    assert max(record["age"] for record in updates if record["client"] == "north") >= 1
+    merged = dict(tree.root.merges())
+    assert sum(merged.values()) == len({record["n"] for record in updates})
+    assert tree.sites["north"].delivered == {"a": 1, "b": 1}
+    start, end = apart(tree.root.merged(0), tree.root.merged()), apart(tree.root.merged(11), tree.root.merged())
+    assert end < start / 5
+
+
+def test_a_site_does_not_fill_buffers(folder: Path) -> None:
+    tree = Tree(folder, EXACT, SITES, below=("rounds.mode=buffered",))
+    with pytest.raises(ConfigError, match="opened by the fleet above"):
+        tree.run()
+    tree.close()

@@ -20,7 +20,8 @@ from edge_runtime.agent import (
     Settle,
     Train,
 )
-from edge_runtime.wire.messages import Directive, Need, Offer, Rejected
+from edge_runtime.wire import blobs
+from edge_runtime.wire.messages import Band, Directive, Need, Offer, Rejected
 from tests.runtime.pocket import OTHER_SPEC, WELCOME, Device, reply_to
 from tests.runtime.said import SPEC, TRAINING, directive, hello, offer
 
@@ -171,6 +172,46 @@ def test_a_fetch_is_given_up_when_the_fleet_moves_on() -> None:
     assert device.happen(Received(moved)) == [Fetch(moved)]
     assert device.happen(Fetched(0)) == [], "the former version after all"
     assert device.complete() == [Train(moved)]
+
+
+def band(version: int, chunk_bytes: int = 64) -> Band:
+    return Band(start=0, stop=4, blob=blobs.describe(f"band of {version}".encode(), chunk_bytes))
+
+
+def test_a_fetch_goes_on_while_updates_of_its_version_count() -> None:
+    """A slow device would never have a version whole, if it began anew with each."""
+    device = joined()
+    first = directive("train", 1, max_staleness=2, bands=(band(0),))
+    assert device.happen(Received(first)) == [Fetch(first)]
+    for number in (2, 3):
+        assert device.happen(Received(directive("train", number, max_staleness=2, bands=(band(number - 1),)))) == []
+    assert device.happen(Fetched(0)) == [Train(first)]
+    [said] = device.complete()
+    assert isinstance(said, Say)
+    update = said.message
+    assert isinstance(update, Offer)
+    assert (update.round, update.version) == (1, 0)
+    [settled, fetch] = device.happen(Received(reply_to(update, "accepted")))
+    assert settled == Settle(1)
+    assert isinstance(fetch, Fetch)
+    assert fetch.directive.round == 3
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [
+        directive("train", 4, max_staleness=2, bands=(band(3),)),
+        directive("train", 2, max_staleness=2, bands=(band(1, 32),)),
+        directive("train", 2, max_staleness=0, bands=(band(1),)),
+        directive("finish", 2, max_staleness=2, bands=(band(1),)),
+    ],
+    ids=["out of reach", "cut into other chunks", "of a fleet that waits", "the end"],
+)
+def test_a_fetch_of_what_counts_no_more_or_may_never_come_begins_anew(moved: Directive) -> None:
+    device = joined()
+    device.happen(Received(directive("train", 1, max_staleness=2, bands=(band(0),))))
+    assert device.happen(Received(moved)) == [Fetch(moved)]
+    assert device.happen(Fetched(0)) == []
 
 
 def test_a_fetch_is_given_up_when_the_fleet_moves_on_without_us() -> None:
