@@ -67,7 +67,7 @@ def changes(devices: Iterable[Sequence[tuple[float, Pair]]]) -> Changes:
     u, v, s = [], [], []
     for terms in devices:
         found = decompose(terms)
-        size = sum(abs(weight) * np.linalg.norm(pair.b) * np.linalg.norm(pair.a) for weight, pair in terms)
+        size = sum(abs(weight) * _norm(pair.b) * _norm(pair.a) for weight, pair in terms)
         held = int(np.count_nonzero(found.s > ROUNDING * size))
         u.append(found.u[:, :held].T.astype(np.float32))
         v.append(found.vt[:held].astype(np.float32))
@@ -75,6 +75,11 @@ def changes(devices: Iterable[Sequence[tuple[float, Pair]]]) -> Changes:
     edges = np.cumsum([0, *(part.size for part in s)])
     parts = tuple(slice(int(start), int(stop)) for start, stop in itertools.pairwise(edges))
     return Changes(np.concatenate(u), np.concatenate(v), np.concatenate(s), parts)
+
+
+def _norm(factor: Matrix) -> float:
+    """Frobenius norm; the square of a float32 may be more than a float32 holds."""
+    return float(np.linalg.norm(factor.astype(np.float64)))
 
 
 @dataclass(frozen=True, eq=False)
