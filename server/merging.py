@@ -166,5 +166,6 @@ def merge_facts(merged: Merged) -> dict[str, Any]:
         "bound": sum(layer.bound**2 for layer in merged.layers.values()) ** 0.5,
         "norm": sum(layer.norm**2 for layer in merged.layers.values()) ** 0.5,
         "excluded": dict(merged.excluded),
+        "counted": dict(merged.counted),
         "layers": {name: vars(layer) for name, layer in merged.layers.items()},
     }
