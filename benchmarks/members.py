@@ -84,6 +84,11 @@ class Life:
             self.written = state
         self.state = state
 
+    @property
+    def merging(self) -> bool:
+        """Whether the round has all its updates."""
+        return self.state.phase == "merging"
+
     def directive_bytes(self) -> int:
         """Of the message that says whom the open round asks."""
         return len(dump(directive_of(self.config, self.state, (), rank=16, method=self.method)))
@@ -111,7 +116,7 @@ def measure(members: int) -> dict[str, float]:
                 spent += time.perf_counter() - started
                 count += 1
             asked = max(asked, life.state.tally.asked)
-            if life.state.phase == "merging":
+            if life.merging:
                 life.happen(MergeDone(life.state.version + 1))
         size = life.directive_bytes()
         started = time.perf_counter()
