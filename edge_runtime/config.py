@@ -112,7 +112,8 @@ class Rounds(Section):
 class Adapter(Section):
     """What is trained."""
 
-    family: Literal["lora"] = "lora"
+    family: Literal["lora", "dora", "ia3", "bitfit", "layer_norm", "sparse", "bottleneck", "prompt", "prefix"] = "lora"
+    """What a device trains beside its frozen base; see `profiles.families`."""
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("q_proj", "k_proj", "v_proj", "o_proj")
     scaling: Annotated[float, Field(gt=0)] = 2.0
     """PEFT's lora_alpha / r: one number at every rank, so that unequal devices move at equal speed."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edge_runtime.errors import ConfigError, unknown_name
-from export import peft
+from export import native, peft
 
 
 class Format(NamedTuple):
@@ -24,6 +24,7 @@ class Format(NamedTuple):
 
 FORMATS: dict[str, Format] = {
     "peft": Format(peft.export, "PEFT, transformers, vLLM and whatever else reads adapter_model.safetensors"),
+    "native": Format(native.export, "this runtime, for adapters of every family"),
 }
 
 

@@ -5,10 +5,15 @@ Source of the format: PEFT's save format; `edge_runtime.lora.files` writes it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+from edge_runtime.errors import ExportError
 from edge_runtime.lora.adapter import Adapter
+from edge_runtime.lora.dense import is_dense, tensor_of
 from edge_runtime.lora.files import replace_file, write_peft_folder
+from export import peft_ia3, peft_prompt
 
 README = "README.md"
 
@@ -18,7 +23,7 @@ base_model: {base_name}
 library_name: peft
 ---
 
-A LoRA adapter for `{base_name}`: {layers} layers, rank {ranks}.
+{kind} for `{base_name}`: {layers} layers{ranks}.
 
 ```python
 from peft import PeftModel
@@ -28,6 +33,20 @@ base = AutoModelForCausalLM.from_pretrained("{base_name}")
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 """
+
+
+class _Dense(NamedTuple):
+    """A format of PEFT's for a family of tensors: which ones, how it is written and what it is called."""
+
+    kinds: frozenset[str]
+    write: Callable[[Adapter, Path, str], None]
+    called: str
+
+
+_DENSE = (
+    _Dense(peft_ia3.KINDS, peft_ia3.write, "An (IA)³ adapter"),
+    _Dense(peft_prompt.KINDS, peft_prompt.write, "A trained prompt"),
+)
 
 
 def export(adapter: Adapter, folder: Path, *, base_name: str, scaling: float) -> Path:
@@ -44,12 +63,23 @@ def export(adapter: Adapter, folder: Path, *, base_name: str, scaling: float) ->
         The folder.
 
     Raises:
-        ExportError: an adapter without any direction, or a folder that cannot be written.
+        ExportError: an adapter without any direction, of a family that PEFT has no format for, or a folder that cannot
+            be written.
     """
-    write_peft_folder(adapter, folder, base_name=base_name, scaling=scaling)
+    kinds = {tensor_of(name) for name in adapter if is_dense(name)}
+    form = next((row for row in _DENSE if kinds and kinds <= row.kinds), None)
+    if kinds and form is None:
+        raise ExportError(
+            f"PEFT has no format for tensors of this kind: {', '.join(sorted(kinds))}; export the adapter as native"
+        )
     ranks = sorted({rank for rank in adapter.ranks.values() if rank})
-    shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     layers = sum(rank > 0 for rank in adapter.ranks.values())
-    text = _README.format(base_name=base_name, layers=layers, ranks=shown)
+    if form is not None:
+        form.write(adapter, folder, base_name)
+        kind, shown = form.called, ""
+    else:
+        write_peft_folder(adapter, folder, base_name=base_name, scaling=scaling)
+        kind, shown = "A LoRA adapter", f", rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
+    text = _README.format(kind=kind, base_name=base_name, layers=layers, ranks=shown)
     replace_file(folder / README, lambda path: path.write_text(text, encoding="utf-8"))
     return folder

@@ -6,7 +6,7 @@ row change the answers and raise no error. So every format is read back by its o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from edge_runtime.errors import ExportError
+from edge_runtime.lora.native import read_native_folder
 from edge_runtime.train.base import PreparedBase, load
 from edge_runtime.train.convert import precision_named
 from edge_runtime.train.live import LiveModel
 from export.float32 import in_float32
+from export.native import into_model
 from profiles.light_import import light_import
 
 Logits = NDArray[np.float32]
@@ -72,11 +74,15 @@ def logits(model: Any, prompts: Sequence[Sequence[int]]) -> Logits:
     model.eval()
     try:
         with torch.no_grad():
-            rows = [model(input_ids=torch.tensor([list(prompt)], device=device)).logits[0] for prompt in prompts]
+            # PEFT returns those of virtual tokens too, before the others.
+            found = [
+                model(input_ids=torch.tensor([list(prompt)], device=device)).logits[0, -len(prompt) :]
+                for prompt in prompts
+            ]
     finally:
         model.train(was_training)
-    found: Logits = torch.cat(rows).float().cpu().numpy()
-    return found
+    rows: Logits = torch.cat(found).float().cpu().numpy()
+    return rows
 
 
 def live_logits(live: LiveModel, prompts: Sequence[Sequence[int]]) -> Logits:
@@ -103,6 +109,16 @@ def parity(live: Logits, fresh: Logits, base: Logits) -> Parity:
     )
 
 
+def verify_native(
+    folder: Path, prepared: PreparedBase, prompts: Sequence[Sequence[int]], live: Logits, *, device: str = "cpu"
+) -> Parity:
+    """The same of the runtime's own format; arguments and errors as of `verify_peft`."""
+    base, plain = _base(prepared, prompts, device)
+    fresh = into_model(base, read_native_folder(folder))
+    with in_float32(fresh.model):
+        return parity(live, logits(fresh.model, prompts), plain)
+
+
 def verify_peft(
     folder: Path, prepared: PreparedBase, prompts: Sequence[Sequence[int]], live: Logits, *, device: str = "cpu"
 ) -> Parity:
@@ -119,11 +135,7 @@ def verify_peft(
         ExportError: PEFT cannot load the folder, or its logits are of another shape or not finite.
         BaseModelError: the base model cannot be loaded.
     """
-    # As narrow as it may compute: `in_float32` widens what it needs while it needs it.
-    narrow = "bf16" in precision_named(prepared.precision).compute
-    base = load(prepared, compute_dtype="bf16" if narrow else "fp32", device=device).model
-    with in_float32(base):
-        plain = logits(base, prompts)
+    base, plain = _base(prepared, prompts, device)
     # Only here: training needs no PEFT, and should not have it in memory.
     peft = light_import("peft")
     try:
@@ -132,3 +144,16 @@ def verify_peft(
         raise ExportError(f"expected PEFT to load '{folder}'; found: {str(error).strip().splitlines()[0]}") from error
     with in_float32(fresh):
         return parity(live, logits(fresh, prompts), plain)
+
+
+def _base(prepared: PreparedBase, prompts: Sequence[Sequence[int]], device: str) -> tuple[Any, Logits]:
+    """A fresh base model and its logits."""
+    # As narrow as it may compute: `in_float32` widens what it needs while it needs it.
+    narrow = "bf16" in precision_named(prepared.precision).compute
+    base = load(prepared, compute_dtype="bf16" if narrow else "fp32", device=device).model
+    with in_float32(base):
+        return base, logits(base, prompts)
+
+
+VERIFIERS: Mapping[str, Callable[..., Parity]] = {"peft": verify_peft, "native": verify_native}
+"""Format → how an artefact of it is read back; the arguments are those of `verify_peft`."""

@@ -54,6 +54,7 @@ def reasons(problem: Problem, setting: Setting, overrides: Overrides) -> dict[st
         "gradient_checkpointing": _why_this_way(problem, setting, "gradient_checkpointing"),
         "recomputed_layers": _why_this_way(problem, setting, "recomputed_layers"),
         "optimizer": _why_this_way(problem, setting, "optimizer"),
+        "family": "what the fleet shares",
         "threads": "one per usable core; hardware threads add nothing here",
         "predicted_peak_bytes": (
             f"of {problem.limits.memory / MIB:.0f} MiB ({problem.limits.source}): "

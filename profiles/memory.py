@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from edge_runtime.errors import ConfigError, unknown_name
+from profiles import families
 from profiles.card import ModelCard
 from profiles.device import MIB
 
@@ -110,6 +111,7 @@ class Setting:
             keep their activations; None for all of them. Without checkpointing it says nothing.
         optimizer: a name in TRAINED_BYTES.
         copies: of the trained numbers in float32 that terms beside the loss need.
+        family: a name in `profiles.families.FAMILIES`.
     """
 
     target_modules: tuple[str, ...]
@@ -126,8 +128,10 @@ class Setting:
     optimizer: str = "adamw"
     product_dtype: str | None = None
     copies: int = 0
+    family: str = "lora"
 
     def __post_init__(self) -> None:
+        families.family(self.family)
         if self.precision not in PRECISIONS:
             raise ConfigError(unknown_name("precision", self.precision, PRECISIONS))
         if self.compute_dtype not in COMPUTE_DTYPES:
@@ -172,8 +176,9 @@ class Setting:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one forward pass."""
-        return self.micro_batch * self.max_length
+        """Tokens of one forward pass, virtual ones included."""
+        virtual = self.held if families.family(self.family).virtual else 0
+        return self.micro_batch * (self.max_length + virtual)
 
 
 @dataclass(frozen=True)
@@ -225,7 +230,7 @@ def estimate(card: ModelCard, setting: Setting, pool: str = "host") -> MemoryEst
         raise ConfigError(unknown_name("memory pool", pool, FLOORS))
     if setting.layers_trained > card.num_layers:
         raise ConfigError(f"{card.name} has {card.num_layers} layers; found {setting.layers_trained} to be trained")
-    held = setting.held * card.num_layers * card.rank_parameters(setting.target_modules)
+    held = families.numbers(card, setting.family, setting.target_modules, setting.held, card.num_layers)
     layer = setting.tokens * saved_bytes_per_token(card, setting)
     entry = setting.tokens * card.hidden_size * COMPUTE_DTYPES[setting.compute_dtype]
     again = layer if setting.recomputed else 0
@@ -257,7 +262,9 @@ def saved_bytes_per_token(card: ModelCard, setting: Setting) -> int:
     product keeps nothing.
     """
     targets = set(setting.trained)
-    read = sum(card.shape(next(iter(group)))[1] for group in READERS if group & targets)
+    reads = families.family(setting.family).reads
+    read = sum(card.shape(next(iter(group)))[1] for group in READERS if reads and group & targets)
+    read += families.kept(card, setting.family, setting.trained, setting.rank)
     attention = (card.num_heads + 2 * card.num_kv_heads) * card.head_dim
     numbers = 2 * card.hidden_size + attention + 2 * card.intermediate_size + read
     return COMPUTE_DTYPES[setting.compute_dtype] * numbers + 2 * FP32_BYTES
@@ -265,7 +272,7 @@ def saved_bytes_per_token(card: ModelCard, setting: Setting) -> int:
 
 def trained_numbers(card: ModelCard, setting: Setting) -> int:
     """Numbers that the optimiser updates."""
-    return setting.rank * setting.layers_trained * card.rank_parameters(setting.trained)
+    return families.numbers(card, setting.family, setting.trained, setting.rank, setting.layers_trained)
 
 
 def chunk_tokens(card: ModelCard, setting: Setting) -> int:
@@ -278,8 +285,8 @@ def _trained_adapter(card: ModelCard, setting: Setting) -> int:
     saved = TRAINED_BYTES["adamw"] - TRAINED_BYTES[setting.optimizer]
     if not saved:
         return int(plain)
-    factors = [setting.rank * side for module in setting.trained for side in card.shape(module)]
-    return int(plain - saved * setting.layers_trained * sum(size for size in factors if size >= LEAST_8BIT))
+    factors = families.sizes(card, setting.family, setting.trained, setting.rank, setting.layers_trained)
+    return int(plain - saved * sum(size for size in factors if size >= LEAST_8BIT))
 
 
 def _base_weights(card: ModelCard, setting: Setting) -> int:
@@ -296,9 +303,8 @@ def _embeddings(card: ModelCard, setting: Setting, pool: str) -> int:
 
 def _dequantised(card: ModelCard, setting: Setting) -> int:
     """The largest linear weight in the type that it is multiplied in."""
-    if setting.precision == setting.products:
-        return 0
-    return max(d_out * d_in for d_out, d_in in card.projections.values()) * COMPUTE_DTYPES[setting.products]
+    copies = int(setting.precision != setting.products) + families.family(setting.family).opened
+    return copies * max(d_out * d_in for d_out, d_in in card.projections.values()) * COMPUTE_DTYPES[setting.products]
 
 
 def _casts(card: ModelCard, setting: Setting) -> int:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 from edge_runtime.errors import PlanError
-from profiles import explain, search
+from profiles import explain, families, search
 from profiles.card import ModelCard
 from profiles.device import DeviceProfile, Row, shown
 from profiles.memory import MemoryEstimate, Setting, estimate
@@ -49,6 +49,7 @@ class Plan:
         recomputed_layers: so many of them, the first ones; the others keep their activations.
         optimizer: adamw or adamw_8bit.
         threads: of torch.
+        family: of the adapter.
         predicted_peak_bytes: of the training process.
         predicted_step_seconds: of one optimiser step; None where the device's rates were not measured.
         predicted_round_bytes: what a round moves, up and down, before compression.
@@ -70,6 +71,7 @@ class Plan:
     recomputed_layers: int
     optimizer: str
     threads: int
+    family: str
     predicted_peak_bytes: int
     predicted_step_seconds: float | None
     predicted_round_bytes: int
@@ -107,6 +109,8 @@ class Plan:
 def layers(setting: Setting, card: ModelCard) -> dict[str, PlannedLayer]:
     """Layer name → what is held and trained there: held in every layer, trained in the last `layers_trained`.
 
+    How many rows a tensor has that has one for each direction of the rank is the fleet's to say; here they are 0.
+
     `Slot({name: LayerSlot(*layer) for name, layer in layers(setting, card).items()})` is what the server must know; it
     is built where both rooms may be seen.
 
@@ -115,11 +119,16 @@ def layers(setting: Setting, card: ModelCard) -> dict[str, PlannedLayer]:
     """
     first = card.num_layers - setting.layers_trained
     return {
-        card.layer_name(index, module): PlannedLayer(
-            *card.shape(module), setting.held, setting.rank if index >= first and module in setting.trained else 0
+        families.path(card, setting.family, index, module)
+        + (piece.tensor and families.MARK + piece.tensor): PlannedLayer(
+            piece.height,
+            piece.width,
+            piece.rows(setting.held),
+            piece.rows(setting.rank) if index >= first and module in setting.trained else 0,
         )
         for index in range(card.num_layers)
         for module in setting.target_modules
+        for piece in families.pieces(card, setting.family, module)
     }
 
 
@@ -169,6 +178,7 @@ def plan(
         recomputed_layers=setting.recomputed,
         optimizer=setting.optimizer,
         threads=insisted.threads or cores,
+        family=setting.family,
         predicted_peak_bytes=taken.memory,
         predicted_step_seconds=(
             seconds_per_step(profile, card, setting, accumulation) if measured(profile, setting) else None

@@ -16,11 +16,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from edge_runtime.errors import ConfigError, PlanError, unknown_name
+from profiles import families
 from profiles.card import ModelCard
 from profiles.device import DeviceProfile
 from profiles.memory import TRAINED_BYTES, Setting, estimate
 from profiles.speed import measured, seconds_per_step
 from profiles.terms import Budgets, Overrides, Task
+from profiles.traffic import round_bytes
 from profiles.worth import worth
 
 RANKS = (2, 4, 8, 16, 32, 64)
@@ -90,7 +92,7 @@ def options(profile: DeviceProfile, card: ModelCard, task: Task, overrides: Over
         ConfigError: an override that the fleet, the model or the device does not allow.
         BaseModelError: a target module that the model does not have.
     """
-    card.rank_parameters(task.target_modules)
+    families.numbers(card, task.family, task.target_modules, 1, 1)
     compute = overrides.compute_dtype or _compute_dtype(profile, overrides)
     ranks = sorted({*(rank for rank in RANKS if rank < task.max_rank), task.max_rank}, reverse=True)
     held = sorted({*ranks, *_doublings(task.max_held), task.max_held}, reverse=True)
@@ -100,7 +102,11 @@ def options(profile: DeviceProfile, card: ModelCard, task: Task, overrides: Over
     few = tuple(name for name in task.target_modules if name in FEW_MODULES)
     modules = [task.target_modules, *([few] if few and few != task.target_modules else [])]
     recomputed = overrides.recomputed_layers
-    layers = _one("layers_trained", overrides.layers_trained, range(1, card.num_layers + 1), 1, card.num_layers)
+    # What is trained before the first layer is reached through all of them.
+    fewest = card.num_layers if families.family(task.family).modules == "embedding" else 1
+    layers = _one(
+        "layers_trained", overrides.layers_trained, range(fewest, card.num_layers + 1), fewest, card.num_layers
+    )
     if recomputed is not None:
         _one("recomputed_layers", recomputed, (), 0, max(layers))
     batches = [size for size in range(task.batch_size, 0, -1) if task.batch_size % size == 0]
@@ -223,13 +229,6 @@ def cost(problem: Problem, setting: Setting) -> Cost:
     return Cost(estimate(card, setting, profile.pool).total, seconds, round_bytes(card, task, setting))
 
 
-def round_bytes(card: ModelCard, task: Task, setting: Setting) -> int:
-    """What a round moves: the trained directions up, the held ones down, before compression."""
-    up = setting.rank * setting.layers_trained * card.rank_parameters(setting.trained) * task.bits_up
-    down = setting.held * card.num_layers * card.rank_parameters(setting.target_modules) * task.bits_down
-    return int((up + down) / 8)
-
-
 def fits(problem: Problem, taken: Cost) -> bool:
     """Whether a cost is within all three budgets; time that nobody measured is not held against it."""
     within = problem.limits
@@ -327,6 +326,7 @@ def _setting(problem: Problem, precision: str, rank: int, modules: tuple[str, ..
         max_length=length,
         micro_batch=min(choices.micro_batches),
         copies=problem.task.copies,
+        family=problem.task.family,
     )
 
 

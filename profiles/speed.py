@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from edge_runtime.errors import ConfigError
+from profiles import families
 from profiles.card import ModelCard
 from profiles.device import DeviceProfile
 from profiles.memory import (
@@ -114,7 +115,8 @@ def _one_pass(profile: DeviceProfile, card: ModelCard, setting: Setting) -> dict
     elif setting.precision != setting.products:
         opened = passes * weights * (PRECISIONS[setting.precision] + COMPUTE_DTYPES[setting.products]) / bandwidth
     adapters = 2 if setting.held > setting.rank else 1
-    inside = sum(sum(card.shape(module)) for module in setting.target_modules) * FP32_BYTES * adapters
+    touched = sum(sum(families.shape(card, setting.family, module)) for module in setting.target_modules)
+    inside = touched * FP32_BYTES * adapters
     per_token = TRAFFIC_TIMES * saved_bytes_per_token(card, setting) + ADAPTER_TRAFFIC_TIMES * inside
     if setting.products != setting.compute_dtype:
         both = COMPUTE_DTYPES[setting.products] + COMPUTE_DTYPES[setting.compute_dtype]
@@ -139,8 +141,8 @@ def operations(card: ModelCard, setting: Setting) -> dict[str, int]:
     tokens, trained, layers = setting.tokens, setting.layers_trained, card.num_layers
     passes = layers + setting.recomputed + trained
     attention = 4 * tokens * setting.max_length * card.num_heads * card.head_dim
-    adapters = setting.held * passes * card.rank_parameters(setting.target_modules)
-    gradients = setting.rank * trained * card.rank_parameters(setting.trained)
+    adapters = families.numbers(card, setting.family, setting.target_modules, setting.held, passes)
+    gradients = families.numbers(card, setting.family, setting.trained, setting.rank, trained)
     return {
         "dense": 2 * tokens * (passes * card.layer_linear_parameters + 2 * card.vocab_size * card.hidden_size),
         "attention": int(attention * (layers + setting.recomputed + ATTENTION_BACKWARD * trained)),

@@ -23,6 +23,7 @@ class Task:
         bits_up: bits of a number in an update, before it is compressed.
         bits_down: the same for the global adapter.
         copies: of the trained numbers in float32 that terms beside the loss need; see `profiles.memory.Setting`.
+        family: of the adapter; a name in `profiles.families.FAMILIES`.
     """
 
     target_modules: tuple[str, ...]
@@ -35,6 +36,7 @@ class Task:
     bits_up: float = 8.0
     bits_down: float = 8.0
     copies: int = 0
+    family: str = "lora"
 
     def __post_init__(self) -> None:
         for name in ("max_rank", "max_held", "max_length", "batch_size"):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from profiles import families
 from profiles.card import ModelCard
 from profiles.memory import Setting
 
@@ -37,12 +38,14 @@ MODULES = 9.4
 
 def worth(card: ModelCard, setting: Setting) -> float:
     """What is expected to be learnt; comparable between settings of one model only."""
-    trained = card.rank_parameters(setting.trained) / card.rank_parameters(setting.target_modules)
+    trained, targets = (
+        families.numbers(card, setting.family, modules, 1, 1) for modules in (setting.trained, setting.target_modules)
+    )
     return (
         LAYERS * math.pow(setting.layers_trained / card.num_layers, LAYERS_POWER)
         - RANK_SHORT / setting.rank
         - LENGTH_SHORT / setting.max_length
         + HELD_DOUBLED * math.log2(setting.held)
         + PRECISION[setting.precision]
-        + MODULES * trained
+        + MODULES * trained / targets
     )

@@ -29,7 +29,7 @@ from edge_runtime.wire.messages import (
     load,
 )
 from edge_runtime.wire.transport import Delivery, Transport
-from server import aggregators, engines, events, offers, outcome, rounds, standing
+from server import aggregators, engines, events, exchange, offers, outcome, rounds, standing
 from server.aggregators.method import Update
 from server.directing import directive_of
 from server.downlink import Downlink
@@ -81,7 +81,7 @@ class Service:
         engine = engines.build(config.server, say)
         self._method = aggregators.build(config.aggregator.method, engine, **extra)
         outcome.check_least(self._method, config.rounds)
-        self._rank = config.aggregator.rank or self._method.server_rank(config.adapter.max_rank)
+        self._rank = exchange.rank_of(config, self._method)
         for name, bits in ((config.wire.codec_up, update.bits_up), (config.wire.codec_down, update.bits_down)):
             bits(name)  # raises for a codec that there is not
         self._lead = lead

@@ -168,13 +168,16 @@ def _trainer(config: Config, owner: Owner, say: Callable[[str], None]) -> LocalT
 
 
 def _deliver(trainer: LocalTrainer, folder: Path) -> Delivered:
-    """Export the personal adapter as a PEFT folder, load it into a fresh model, and compare logits in fp32.
+    """Export the personal adapter, load it into a fresh model, and compare logits in fp32.
+
+    As a PEFT folder, where PEFT has the family; else in the runtime's own format.
 
     Raises:
         ExportError: it could not be written, or does not compute what the live model computes.
     """
     from edge_runtime.train.exhaustion import bearing
     from export import get, verify
+    from profiles.families import family
 
     ready = trainer.ready
     prompts = verify.encode(ready.base.tokenizer)
@@ -182,11 +185,12 @@ def _deliver(trainer: LocalTrainer, folder: Path) -> Delivered:
     try:
         with bearing("verifying the personal adapter"):
             live = verify.live_logits(ready.live, prompts)
-            get("peft").write(trainer.personal(), folder, base_name=str(prepared.folder), scaling=scaling)
+            form = next(iter(family(ready.spec.family).exports), "native")
+            get(form).write(trainer.personal(), folder, base_name=str(prepared.folder), scaling=scaling)
             del ready
             # A small device has no room for two models: the live one goes before the fresh one comes.
             trainer.release()
-            parity = verify.verify_peft(folder, prepared, prompts, live)
+            parity = verify.VERIFIERS[form](folder, prepared, prompts, live)
     except DeviceMemoryError as error:
         # A smaller plan would not help: what is verified is the base itself.
         raise ExportError(

@@ -11,6 +11,7 @@ from edge_runtime.cli import shell
 from edge_runtime.errors import ExportError
 from edge_runtime.lora.adapter import Adapter
 from edge_runtime.lora.files import read_peft_folder
+from edge_runtime.lora.native import is_native_folder, read_native_folder
 from export import get
 from server.aggregators.method import load_state
 from server.store import Store
@@ -37,8 +38,8 @@ def run(
         base_name = base
     else:
         folder = Path(str(state_dir)) / "personal"
-        adapter, what = read_peft_folder(folder), f"the personal adapter in {folder}"
-        base_name = _base_of(folder, base)
+        adapter, base_name = _of_device(folder, base)
+        what = f"the personal adapter in {folder}"
     written = chosen.write(adapter, out, base_name=base_name, scaling=config.adapter.scaling)
     say(f"{what} → {written}; read by {chosen.readers}")
     return 0
@@ -62,6 +63,14 @@ def _of_server(folder: Path, version: int | None) -> tuple[Adapter, str]:
         return load_state(stored.state).adapter, f"version {stored.version} of the global adapter"
     finally:
         store.close()
+
+
+def _of_device(folder: Path, base: str) -> tuple[Adapter, str]:
+    """The personal adapter, and the name of its base."""
+    if is_native_folder(folder):
+        found = read_native_folder(folder)
+        return found.adapter, found.base_name or base
+    return read_peft_folder(folder), _base_of(folder, base)
 
 
 def _base_of(folder: Path, base: str) -> str:

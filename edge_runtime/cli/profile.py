@@ -28,7 +28,7 @@ from profiles.find_card import find_card
 from profiles.measure import SMOLLM2_SHAPES
 from profiles.plan import Plan
 from profiles.remembered import remembered_probe
-from server import aggregators
+from server import aggregators, exchange
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _plan(profile: DeviceProfile, config: Config, card: ModelCard) -> Plan:
     """The plan that `edge-runtime client` would follow in a fleet of this configuration."""
     adapter, training = config.adapter, config.training
     method = aggregators.build(config.aggregator.method, **(config.aggregator.model_extra or {}))
-    held = config.aggregator.rank or method.server_rank(adapter.max_rank)
+    held = exchange.rank_of(config, method)
     spec = AdapterSpec(
         **adapter.model_dump(), max_held=held, hold_more=method.hold_more,
         bits_up=update.bits_up(config.wire.codec_up), bits_down=update.bits_down(config.wire.codec_down),

@@ -187,13 +187,14 @@ def check_names(config: Config) -> None:
     """Look up the method and the codecs before anything is started, prepared or waited for.
 
     Raises:
-        ConfigError: no such method, or a parameter that it does not take.
+        ConfigError: no such method, a parameter that it does not take, or a family that it has no meaning for.
         UnknownCodecError: no such codec.
     """
     from edge_runtime.wire import update
-    from server import aggregators
+    from server import aggregators, exchange
 
     aggregators.build(config.aggregator.method, **(config.aggregator.model_extra or {}))
+    exchange.check(config)
     update.bits_up(config.wire.codec_up)
     update.bits_down(config.wire.codec_down)
 

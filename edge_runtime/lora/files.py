@@ -89,9 +89,6 @@ def _spelled_out(ranks: Mapping[str, int], largest: int) -> dict[str, int]:
 def write_peft_folder(adapter: Adapter, folder: Path, *, base_name: str, scaling: float) -> None:
     """Write the adapter so that PEFT, and whatever reads PEFT's format, loads it.
 
-    Weights come first and the configuration last, each by an atomic rename; an earlier configuration is removed
-    before. A crash leaves a folder without a configuration, which nothing loads, and never a mix of two adapters.
-
     Args:
         adapter: layers of rank 0 are left out, since PEFT has no such layer.
         folder: created if absent; other files in it are left alone.
@@ -109,14 +106,32 @@ def write_peft_folder(adapter: Adapter, folder: Path, *, base_name: str, scaling
     for name, pair in filled.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(pair.a)
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(pair.b / np.float32(scaling))
-    text = json.dumps(_config(settings, base_name), indent=2) + "\n"
+    write_folder(folder, tensors, _config(settings, base_name))
+
+
+def write_folder(
+    folder: Path,
+    tensors: Mapping[str, Matrix],
+    config: Mapping[str, object],
+    *,
+    weights: str = WEIGHTS,
+    about: str = CONFIG,
+) -> None:
+    """Write weights first and the configuration last, each by an atomic rename; an earlier configuration goes before.
+
+    A crash leaves a folder without a configuration, which nothing loads, and never a mix of two adapters.
+
+    Raises:
+        ExportError: the folder cannot be written.
+    """
+    text = json.dumps(config, indent=2) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).unlink(missing_ok=True)
+        (folder / about).unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(folder, error) from error
-    replace_file(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    replace_file(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    replace_file(folder / weights, lambda path: save_file(dict(tensors), path, metadata={"format": "pt"}))
+    replace_file(folder / about, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def read_peft_folder(folder: Path) -> Adapter:

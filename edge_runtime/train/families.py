@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
 from edge_runtime.errors import ConfigError, unknown_name
 from edge_runtime.lora.adapter import Adapter
-from edge_runtime.train import live
+from edge_runtime.train import live, mixed
 from edge_runtime.train.live import LiveModel
 
 
@@ -38,17 +39,24 @@ class Family(NamedTuple):
     """The parameters that training changes, by name."""
 
 
+def _of(module: ModuleType) -> Family:
+    """The functions of `live` or `mixed`, which have the same names."""
+    return Family(
+        attach=module.attach,
+        detach=module.detach,
+        without=module.without_adapter,
+        load=module.load_adapter,
+        read_trained=module.read_trained,
+        read_all=module.read_all,
+        trainable=module.trainable_parameters,
+    )
+
+
 FAMILIES: dict[str, Family] = {
-    "lora": Family(
-        attach=live.attach,
-        detach=live.detach,
-        without=live.without_adapter,
-        load=live.load_adapter,
-        read_trained=live.read_trained,
-        read_all=live.read_all,
-        trainable=live.trainable_parameters,
-    ),
+    "lora": _of(live),
+    **dict.fromkeys(("bitfit", "bottleneck", "dora", "ia3", "layer_norm", "prefix", "prompt", "sparse"), _of(mixed)),
 }
+"""Pairs alone live in `live`, and everything else in `mixed`, which knows tensors by the names of layers."""
 
 
 def get(name: str) -> Family:

@@ -78,7 +78,7 @@ def attach(base: Any, slot: Slot, *, scaling: float, held_dtype: torch.dtype = t
             scaling=scaling,
             held_dtype=held_dtype,
         )
-        _exchange(base, name, beside.train(base.training))
+        exchange(base, name, beside.train(base.training))
     live = LiveModel(base, slot, scaling, {name: tuple(range(rank)) for name, rank in slot.trained.items()})
     _freeze_all_but_trained(live)
     keep_gradients(base)
@@ -88,7 +88,7 @@ def attach(base: Any, slot: Slot, *, scaling: float, held_dtype: torch.dtype = t
 def detach(live: LiveModel) -> Any:
     """Take the adapter out and return the base model as it was; the live model must not be used afterwards."""
     for name, module in _adapted(live).items():
-        _exchange(live.model, name, module.base)
+        exchange(live.model, name, module.base)
     return live.model
 
 
@@ -116,7 +116,21 @@ def load_adapter(live: LiveModel, adapter: Adapter, directions: Mapping[str, Seq
     Raises:
         RoundError: layers, ranks, shapes or directions that do not fit the slot. Nothing is written then.
     """
-    holding = {name: layer for name, layer in live.slot.layers.items() if layer.held}
+    chosen = fitting(live.slot, adapter, directions)
+    for name, pair in adapter.items():
+        rows = chosen.get(name, ())
+        _write(live, name, TRAINED, pair, rows)
+        _write(live, name, HELD, pair, _others(rows, pair.rank))
+    live.directions = chosen
+
+
+def fitting(slot: Slot, adapter: Adapter, directions: Mapping[str, Sequence[int]] | None) -> dict[str, tuple[int, ...]]:
+    """Layer → rows to train, of an adapter that fits a slot; the first ones where a layer is not named.
+
+    Raises:
+        RoundError: layers, ranks, shapes or directions that do not fit.
+    """
+    holding = {name: layer for name, layer in slot.layers.items() if layer.held}
     if adapter.keys() != holding.keys():
         raise RoundError(f"the adapter does not fit this device's slot: {_difference(set(holding), set(adapter))}")
     chosen: dict[str, tuple[int, ...]] = {}
@@ -125,11 +139,7 @@ def load_adapter(live: LiveModel, adapter: Adapter, directions: Mapping[str, Seq
         if layer.trained:
             chosen[name] = tuple((directions or {}).get(name, range(layer.trained)))
             _check_directions(name, chosen[name], layer)
-    for name, pair in adapter.items():
-        rows = chosen.get(name, ())
-        _write(live, name, TRAINED, pair, rows)
-        _write(live, name, HELD, pair, _others(rows, pair.rank))
-    live.directions = chosen
+    return chosen
 
 
 def read_trained(live: LiveModel) -> Adapter:
@@ -163,7 +173,8 @@ def _adapted(live: LiveModel) -> dict[str, LoraLinear]:
     return {name: live.model.get_submodule(name) for name, layer in live.slot.layers.items() if layer.held}
 
 
-def _exchange(model: Any, name: str, module: torch.nn.Module) -> None:
+def exchange(model: Any, name: str, module: torch.nn.Module) -> None:
+    """Put a module in the place of the one at that path."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 

@@ -52,6 +52,7 @@ class LocalTask:
             example where it is 0.
         recomputed_layers: with checkpointing, the first so many of the layers that the backward pass goes through are
             recomputed, and the last ones keep their activations; None for all of them.
+        virtual_tokens: that the live model puts before each example; they take room in a pack.
     """
 
     steps: int
@@ -69,6 +70,7 @@ class LocalTask:
     family: str = "lora"
     pack_tokens: int = 0
     recomputed_layers: int | None = None
+    virtual_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "micro_batch", "gradient_accumulation_steps"):
@@ -286,7 +288,7 @@ def _step(run: _Run, batch: Sequence[Tokenised], step: int) -> StepReport:
     torch.manual_seed(task.seed * 1_000_003 + step)
     run.optimizer.zero_grad(set_to_none=True)
     loss = 0.0
-    lengths = [len(example.input_ids) for example in batch]
+    lengths = [len(example.input_ids) + task.virtual_tokens for example in batch]
     for members in pack(lengths, task.pack_tokens or task.micro_batch * max(lengths)):
         if run.should_stop is not None and run.should_stop():
             raise _Stopped

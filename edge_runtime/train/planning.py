@@ -6,10 +6,12 @@ from dataclasses import dataclass, field, fields
 
 from edge_runtime.config import Device
 from edge_runtime.lora.adapter import LayerSlot, Slot
+from edge_runtime.lora.dense import is_dense
 from edge_runtime.trainer import AdapterSpec, Training
 from profiles.card import ModelCard
 from profiles.device import DeviceProfile
 from profiles.explain import OPTIMIZERS
+from profiles.families import family
 from profiles.plan import Plan, plan
 from profiles.terms import Budgets, Overrides, Task
 
@@ -59,10 +61,11 @@ def choose(
         PlanError: not even the smallest plan fits.
         ConfigError: an override that the fleet or the model does not permit.
     """
+    ranked = family(spec.family).ranked
     task = Task(
         target_modules=spec.target_modules,
-        max_rank=min(spec.max_rank, spec.max_held),
-        max_held=spec.max_held,
+        max_rank=min(spec.max_rank, spec.max_held) if ranked else 1,
+        max_held=spec.max_held if ranked else 1,
         max_length=spec.max_length,
         batch_size=training.batch_size,
         steps=training.max_steps,
@@ -71,6 +74,7 @@ def choose(
         bits_down=spec.bits_down,
         # What was received of the trained slice is held in any case, but not on a card.
         copies=bool(training.correction) + (bool(training.proximal) and profile.pool != "host"),
+        family=spec.family,
     )
     memory = ceiling
     if ceiling is not None and "memory_bearable_bytes" not in profile.unreadable:
@@ -82,6 +86,10 @@ def slot_of(chosen: Plan, card: ModelCard, spec: AdapterSpec) -> Slot:
     """The plan's slot within the fleet's terms: no rank beyond a layer's size, nothing held that must not be."""
     layers = {}
     for name, layer in chosen.layers(card, spec.target_modules).items():
+        if is_dense(name):
+            # One row, or as many as the global adapter has.
+            layers[name] = LayerSlot(layer.d_out or spec.max_held, layer.d_in, layer.held, layer.trained)
+            continue
         widest = min(layer.d_out, layer.d_in, spec.max_held)
         trained = min(layer.trained, widest)
         held = layer.held if spec.hold_more else (layer.trained or chosen.rank)

@@ -6,6 +6,7 @@ from edge_runtime.errors import RoundError, unknown_name
 from edge_runtime.train.loop import LocalTask
 from edge_runtime.train.schedule import SCHEDULES
 from edge_runtime.trainer import Training
+from profiles.families import FAMILIES
 from profiles.plan import Plan
 
 
@@ -27,10 +28,11 @@ def task_of(training: Training, round_number: int, chosen: Plan, family: str) ->
     """
     if training.schedule not in SCHEDULES:
         raise RoundError(unknown_name("schedule", training.schedule, SCHEDULES) + "; update this device")
+    virtual = chosen.held if FAMILIES[family].virtual else 0
     return LocalTask(
         steps=training.max_steps,
         learning_rate=training.learning_rate,
-        pack_tokens=chosen.micro_batch * chosen.max_length,
+        pack_tokens=chosen.micro_batch * (chosen.max_length + virtual),
         micro_batch=chosen.micro_batch,
         gradient_accumulation_steps=-(-training.batch_size // chosen.micro_batch),
         warmup_steps=training.warmup_steps,
@@ -44,4 +46,5 @@ def task_of(training: Training, round_number: int, chosen: Plan, family: str) ->
         optimizer=chosen.optimizer,
         lora_plus_ratio=training.lora_plus_ratio,
         family=family,
+        virtual_tokens=virtual,
     )

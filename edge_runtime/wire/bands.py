@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from edge_runtime.lora.adapter import Adapter, Deferred, Pair
+from edge_runtime.lora.dense import first_rows, is_dense
 
 
 def edges_for(rank: int, edges: Sequence[int]) -> list[tuple[int, int]]:
@@ -31,7 +32,10 @@ def band(adapter: Adapter, start: int, stop: int) -> Adapter:
 
 
 def join(bands: Sequence[Adapter]) -> Adapter:
-    """The adapter whose bands, from the first, these are; deferred where they are."""
+    """The adapter whose bands, from the first, these are; deferred where they are.
+
+    Which rows a dense tensor has is known, so a codec's rounding of it does not count.
+    """
     layers: dict[str, list[Adapter]] = {}
     for part in bands:
         for name in part:
@@ -39,7 +43,8 @@ def join(bands: Sequence[Adapter]) -> Adapter:
 
     def made(name: str) -> Pair:
         pairs = [part[name] for part in layers[name]]
-        return Pair(np.concatenate([p.a for p in pairs]), np.concatenate([p.b for p in pairs], axis=1))
+        joint = Pair(np.concatenate([p.a for p in pairs]), np.concatenate([p.b for p in pairs], axis=1))
+        return first_rows(joint) if is_dense(name) else joint
 
     if not any(isinstance(part.layers, Deferred) for part in bands):
         return Adapter({name: made(name) for name in layers})

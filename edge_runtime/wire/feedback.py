@@ -21,6 +21,7 @@ import numpy as np
 from edge_runtime.lora.adapter import Adapter, Pair
 from edge_runtime.lora.algebra import change as difference
 from edge_runtime.lora.algebra import changed
+from edge_runtime.lora.dense import followed, is_dense
 from edge_runtime.lora.rotation import align, follow, rotate_rows
 from edge_runtime.wire import codec
 
@@ -95,6 +96,9 @@ def _with(change: Pair, received: Pair, name: str, residual: Residual, moved: bo
     owed, old = residual.owed.layers.get(name), residual.slice.layers.get(name)
     if owed is None or old is None or owed.shape != change.shape or old.rank != owed.rank:
         return change
+    if is_dense(name):
+        # Rows keep their numbers from version to version; nothing turns them.
+        return changed(change, Pair(rotate_rows(followed(received, old), owed.a), np.zeros_like(change.b)))
     return changed(change, _turned(owed, old, received, moved or old.rank != received.rank))
 
 

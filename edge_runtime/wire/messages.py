@@ -43,11 +43,12 @@ class Model(BaseModel):
 class LayerGroup(Model):
     """Layers that a device treats alike; 120 layers of a model are a handful of groups.
 
-    A layer's full name is `prefix + index + "." + module`, as in `model.layers.` `3` `.self_attn.q_proj`.
+    A layer's full name is `prefix + index + "." + module`, as in `model.layers.` `3` `.self_attn.q_proj`; that of a
+    dense tensor ends in `#` and the tensor's name.
     """
 
     prefix: Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9_.]*$")]
-    module: Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9_.]+$")]
+    module: Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9_.]+(#[a-z_]+)?$")]
     layers: Annotated[tuple[tuple[Count, Count], ...], Field(max_length=1024)]
     d_out: Annotated[int, Field(ge=1, le=1 << 24)]
     d_in: Annotated[int, Field(ge=1, le=1 << 24)]

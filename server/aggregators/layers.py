@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from edge_runtime.lora.adapter import Adapter, Pair
+from edge_runtime.lora.dense import is_dense
+from server.aggregators.dense import merge_rows
 from server.aggregators.method import LayerReport, Merged, State, Update, assembled, by_layer
 
 
@@ -97,15 +100,23 @@ def local(merge: MergeLayer, tasks: Iterable[LayerTask], /) -> Iterator[LayerRes
 
 
 def merge_layers(state: State, updates: Iterable[Update], merge: MergeLayer, engine: Engine) -> Merged:
-    """The merge of all layers that somebody trained; others stay as they are.
+    """The merge of all layers that somebody trained; others stay as they are. Dense tensors are merged by rows.
 
     Raises:
         AggregationError: as `method.by_layer`.
     """
     entries = by_layer(state, updates)
     tasks = (_task(state, name, parts) for name, parts in entries.items())
-    results = zip(entries, engine(merge, tasks), strict=True)
+    results = zip(entries, engine(partial(_by_kind, merge), tasks), strict=True)
     return assembled(state, ((name, *result) for name, result in results))
+
+
+def _by_kind(merge: MergeLayer, task: LayerTask) -> LayerResult:
+    if not is_dense(task.name):
+        return merge(task)
+    parts = ((part.share, part.discount, part.received, part.trained) for part in task.shares)
+    pair, report = merge_rows(task.old, task.tail, parts)
+    return LayerResult(pair, None, report)
 
 
 def _task(state: State, name: str, entries: Iterable[tuple[float, Update]]) -> LayerTask:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from edge_runtime.errors import AggregationError
 from edge_runtime.lora.adapter import Adapter, Pair, Slot, joined
 from edge_runtime.lora.algebra import cut, fresh_rows
+from edge_runtime.lora.dense import as_pair, is_dense
 
 Shapes = Mapping[str, tuple[int, int]]
 """Layer name → (d_out, d_in)."""
@@ -150,9 +151,16 @@ class Aggregator(NamedTuple):
 
 
 def fresh_state(shapes: Shapes, rank: int, seed: int) -> State:
-    """A global adapter of zero product at that rank: orthonormal rows of `a`, of the usual norm, and b = 0."""
+    """A global adapter of zero product at that rank: orthonormal rows of `a`, of the usual norm, and b = 0.
+
+    Dense tensors begin as zeros, and as many of their rows as the rank.
+    """
     layers = {}
     for name, (d_out, d_in) in shapes.items():
+        if is_dense(name):
+            rows = min(rank, d_out)
+            layers[name] = as_pair(np.zeros((rows, d_in), np.float32), range(rows), d_out)
+            continue
         a = fresh_rows(np.zeros((0, d_in), np.float32), min(rank, d_out, d_in), f"{seed}:0:{name}")
         layers[name] = Pair(a, np.zeros((d_out, a.shape[0]), np.float32))
     return State(Adapter(layers), Adapter({}), 0)

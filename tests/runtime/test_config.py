@@ -191,7 +191,7 @@ def test_a_near_miss_is_answered_with_what_was_meant(override: str, meant: str) 
         "adapter.max_rank=0",
         "adapter.target_modules=[]",
         "adapter.target_modules=q_proj",
-        "adapter.family=dora",
+        "adapter.family=doora",
         "aggregator.rank=0",
         "fleet.name=a/b",
         "fleet.name=#",

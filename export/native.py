@@ -1,0 +1,46 @@
+"""The runtime's own format: adapters of every family, exactly as they are merged; `edge_runtime.lora.native` writes it.
+
+Families that no other format has leave the house in it, and are read back into a model by `into_model`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.lora.adapter import Adapter, LayerSlot, Slot
+from edge_runtime.lora.native import Native, write_native_folder
+from edge_runtime.train import mixed
+from edge_runtime.train.live import LiveModel
+
+
+def export(adapter: Adapter, folder: Path, *, base_name: str, scaling: float) -> Path:
+    """Write the adapter as a folder.
+
+    Args:
+        adapter: a personal or a global one, of any family.
+        folder: created if absent; other files in it are left alone.
+        base_name: hub id or path under which the reader finds the base model.
+        scaling: lora_alpha / r, with which pairs were trained.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ExportError: an adapter without any layer, or a folder that cannot be written.
+    """
+    write_native_folder(adapter, folder, base_name=base_name, scaling=scaling)
+    return folder
+
+
+def into_model(model: Any, found: Native) -> LiveModel:
+    """A base model of transformers with the adapter in it, all of it frozen.
+
+    Raises:
+        BaseModelError: it belongs to another base.
+    """
+    sizes = found.adapter.sizes
+    slot = Slot({name: LayerSlot(d_out, d_in, rank, 0) for name, (d_out, d_in, rank) in sizes.items()})
+    live = mixed.attach(model, slot, scaling=found.scaling)
+    mixed.load_adapter(live, found.adapter)
+    return live
