@@ -109,7 +109,7 @@ FAMILIES: Mapping[str, Family] = {
         lambda _module, d_out, d_in: (Piece("", d_out, d_in), Piece("magnitude", 1, d_out)),
         True, lambda _module, d_out, _d_in, _rank: d_out, 2,
         f"pairs by the method; of magnitudes, the {_ROWS}; not the mean of the weights that they make together",
-        (), ("q_proj", "v_proj"),
+        ("peft",), ("q_proj", "v_proj"),
     ),
     "ia3": Family(
         "a scale of each output of a linear layer, or of each input of down_proj", "linear", False, _scale,

@@ -175,6 +175,8 @@ def _deliver(trainer: LocalTrainer, folder: Path) -> Delivered:
     Raises:
         ExportError: it could not be written, or does not compute what the live model computes.
     """
+    from edge_runtime.lora.native import forget_native_folder
+    from edge_runtime.train import mixed
     from edge_runtime.train.exhaustion import bearing
     from export import get, verify
     from profiles.families import family
@@ -185,9 +187,15 @@ def _deliver(trainer: LocalTrainer, folder: Path) -> Delivered:
     try:
         with bearing("verifying the personal adapter"):
             live = verify.live_logits(ready.live, prompts)
-            form = next(iter(family(ready.spec.family).exports), "native")
-            get(form).write(trainer.personal(), folder, base_name=str(prepared.folder), scaling=scaling)
-            del ready
+            personal, name = trainer.personal(), str(prepared.folder)
+            form = "peft" if "peft" in family(ready.spec.family).exports else "native"
+            forget_native_folder(folder)
+            if ready.spec.family != "lora":
+                # What `edge-runtime export` reads again, whatever else there is.
+                get("native").write(personal, folder, base_name=name, scaling=scaling)
+            if form == "peft":
+                get(form).write(personal, folder, base_name=name, scaling=scaling, of_base=mixed.of_base(ready.live))
+            del ready, personal
             # A small device has no room for two models: the live one goes before the fresh one comes.
             trainer.release()
             parity = verify.VERIFIERS[form](folder, prepared, prompts, live)

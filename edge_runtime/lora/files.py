@@ -86,7 +86,9 @@ def _spelled_out(ranks: Mapping[str, int], largest: int) -> dict[str, int]:
     return {name: ranks[name] for name in sorted(unlike | matched, key=lambda name: (-len(name), name))}
 
 
-def write_peft_folder(adapter: Adapter, folder: Path, *, base_name: str, scaling: float) -> None:
+def write_peft_folder(
+    adapter: Adapter, folder: Path, *, base_name: str, scaling: float, magnitudes: Mapping[str, Matrix] | None = None
+) -> None:
     """Write the adapter so that PEFT, and whatever reads PEFT's format, loads it.
 
     Args:
@@ -94,6 +96,7 @@ def write_peft_folder(adapter: Adapter, folder: Path, *, base_name: str, scaling
         folder: created if absent; other files in it are left alone.
         base_name: hub id or path of the base model, for `base_model_name_or_path`.
         scaling: the scale of every layer, lora_alpha / r; it changes how the change is split, not the change.
+        magnitudes: of DoRA, (d_out,) of each layer; None for plain LoRA.
 
     Raises:
         ExportError: the adapter has no direction at all, or the folder cannot be written.
@@ -106,7 +109,9 @@ def write_peft_folder(adapter: Adapter, folder: Path, *, base_name: str, scaling
     for name, pair in filled.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(pair.a)
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(pair.b / np.float32(scaling))
-    write_folder(folder, tensors, _config(settings, base_name))
+    for name, magnitude in (magnitudes or {}).items():
+        tensors[f"{_PREFIX}{name}.lora_magnitude_vector.weight"] = np.ascontiguousarray(magnitude)
+    write_folder(folder, tensors, {**_config(settings, base_name), "use_dora": bool(magnitudes)})
 
 
 def write_folder(

@@ -40,11 +40,9 @@ def checkpointing(causal: Any, recomputed: int | None) -> Iterator[None]:
 def backward_layers(causal: Any) -> Sequence[Any]:
     """The layers from the first one that is trained to the last one, in the order of the forward pass."""
     layers = decoder_layers(causal)
-    within = {id(each) for layer in layers for each in layer.parameters()}
-    if any(each.requires_grad and id(each) not in within for each in causal.parameters()):
-        return layers  # what is trained outside of them are embeddings of virtual tokens, before the first one
     trained = (at for at, layer in enumerate(layers) if any(each.requires_grad for each in layer.parameters()))
-    return layers[next(trained, len(layers)) :]
+    # Where none is trained, what is trained is before them: embeddings of virtual tokens.
+    return layers[next(trained, 0) :]
 
 
 def for_memory(causal: Any, recomputed: int | None) -> bool:

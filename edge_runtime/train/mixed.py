@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from edge_runtime.errors import BaseModelError, unknown_name
-from edge_runtime.lora.adapter import Adapter, LayerSlot, Slot
+from edge_runtime.lora.adapter import Adapter, LayerSlot, Matrix, Slot
 from edge_runtime.lora.dense import is_dense, path_of, tensor_of
 from edge_runtime.train import live as pairs
 from edge_runtime.train.base import keep_gradients
-from edge_runtime.train.dense_modules import KINDS, Wrapper
+from edge_runtime.train.dense_modules import KINDS
 from edge_runtime.train.dense_tensor import DenseTensor
+from edge_runtime.train.dora import Magnitude
 from edge_runtime.train.live import LiveModel
 from edge_runtime.train.virtual import Prefixed, Prompted, VirtualTokens
 
@@ -115,7 +116,16 @@ def trainable_parameters(live: LiveModel) -> dict[str, torch.nn.Parameter]:
     return found
 
 
-def _wrappers(live: LiveModel) -> dict[str, Wrapper]:
+def of_base(live: LiveModel) -> dict[str, Matrix]:
+    """Layer → (1, d_out), the magnitudes of rows that the base itself has, of those that a tensor changes."""
+    return {
+        name: wrapper.norms.cpu().numpy().reshape(1, -1)
+        for name, wrapper in _wrappers(live).items()
+        if isinstance(wrapper, Magnitude)
+    }
+
+
+def _wrappers(live: LiveModel) -> dict[str, Any]:
     return {
         name: live.model.get_submodule(path_of(name))
         for name, layer in live.slot.layers.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -26,6 +27,15 @@ def test_the_tables_of_names_agree() -> None:
     assert set(get_args(config.Adapter.model_fields["family"].annotation)) == set(families.FAMILIES)
     assert families.MARK == dense.MARK
     assert set(exchange.DENSE_METHODS) <= set(aggregators.METHODS)
+
+
+def test_the_table_in_the_docs_has_every_family_with_its_formats() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
+    assert set(rows) == set(families.FAMILIES)
+    for name, row in rows.items():
+        assert ("PEFT" in row) == ("peft" in families.family(name).exports)
+        assert ", ".join(families.family(name).examples) in row
 
 
 @pytest.mark.parametrize("name", sorted(families.FAMILIES))
