@@ -84,7 +84,19 @@ class Magnitude(torch.nn.Module):
 
 
 def _opened(layer: Any) -> torch.Tensor:
-    """(d_out, d_in) float32, the frozen weight."""
-    weight, scale = opener_of(layer)(layer, torch.float32)
+    """(d_out, d_in) float32, the frozen weight.
+
+    Of 4-bit weights as they are: rounded to bfloat16, whole blocks of equal codes would be off together, and the norm
+    of a row by a thousandth.
+    """
+    state = getattr(layer.weight, "quant_state", None)
+    before = None if state is None else state.dtype
+    try:
+        if state is not None:
+            state.dtype = torch.float32
+        weight, scale = opener_of(layer)(layer, torch.float32)
+    finally:
+        if state is not None:
+            state.dtype = before
     opened: torch.Tensor = weight if scale is None else weight * scale.reshape(-1, 1)
     return opened

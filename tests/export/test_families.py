@@ -29,11 +29,10 @@ PROMPTS = ((5, 9, 77), (301, 4, 4, 18, 260))
 EVERY = sorted(FAMILIES)
 
 
-@pytest.fixture(scope="module")
-def prepared(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedBase:
-    return prepare(
-        str(tiny_base), precision="bf16", cache=tmp_path_factory.mktemp("cache"), memory_bytes=None, say=lambda _: None
-    )
+@pytest.fixture(scope="module", params=["bf16", "nf4"])
+def prepared(request: pytest.FixtureRequest, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedBase:
+    cache = tmp_path_factory.mktemp("cache")
+    return prepare(str(tiny_base), precision=request.param, cache=cache, memory_bytes=None, say=lambda _: None)
 
 
 def live_of(prepared: PreparedBase, tiny_base: Path, name: str) -> tuple[Adapter, np.ndarray, dict[str, Any]]:

@@ -72,6 +72,7 @@ class Fleet:
         fingerprint: of the fleet's base.
         parts: the devices that the first round waits for.
         rounds: more keys of the file's [rounds].
+        settings: the rest of the file.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Fleet:
         fingerprint: str,
         parts: tuple[Part, ...],
         rounds: tuple[str, ...] = (),
+        settings: str = SETTINGS,
     ) -> None:
         self.processes, self.parts = processes, {part.name: part for part in parts}
         self.running: dict[str, Running] = {}
@@ -90,7 +92,7 @@ class Fleet:
         lines = (
             f'[fleet]\nname = "story"\nbase = "{fingerprint}"',
             f'[broker]\nhost = "{address.host}"\nport = {address.port}',
-            SETTINGS.replace("[rounds]", "\n".join(("[rounds]", f"min_available_nodes = {len(parts)}", *rounds))),
+            settings.replace("[rounds]", "\n".join(("[rounds]", f"min_available_nodes = {len(parts)}", *rounds))),
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file.write_text("\n".join(lines), encoding="utf-8")
