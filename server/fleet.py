@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from edge_runtime.lora.dense import is_dense
 from edge_runtime.wire.messages import Hello, LayerGroup, Model, Rejected, Report, ungroup
 
 
@@ -143,7 +144,17 @@ def unbearable(hello: Hello, rank: int, most: int) -> str:
         CorruptPayloadError: a slot that cannot be.
     """
     shapes = ungroup(hello.groups).shapes
-    size = 4 * sum(min(rank, *shape) * sum(shape) for shape in shapes.values())
+    tall = [name for name, (d_out, _) in shapes.items() if is_dense(name) and d_out > rank]
+    if tall:
+        # A merge has all rows of a tensor in memory at once, which no rank bounds but this one.
+        return (
+            f"'{tall[0]}' has {shapes[tall[0]][0]} rows, and this fleet's tensors have at most {rank}; "
+            "use the directive's max_held"
+        )
+    size = 4 * sum(
+        (min(rank, d_out) if is_dense(n) else min(rank, d_out, d_in)) * (d_out + d_in)
+        for n, (d_out, d_in) in shapes.items()
+    )
     if size <= most:
         return ""
     return (

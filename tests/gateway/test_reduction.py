@@ -15,8 +15,9 @@ from edge_runtime.config import Aggregator, Config
 from edge_runtime.errors import AggregationError, ConfigError, CorruptPayloadError
 from edge_runtime.gateway.reduction import Reduced, owing, reduce
 from edge_runtime.gateway.subtree import method_of
-from edge_runtime.lora.adapter import Adapter
-from edge_runtime.lora.algebra import scale
+from edge_runtime.lora.adapter import Adapter, Pair
+from edge_runtime.lora.algebra import scale, take, zero
+from edge_runtime.lora.dense import as_pair
 from edge_runtime.wire import blobs, codec
 from edge_runtime.wire.messages import Offer, dump, load
 from server import aggregators, offers
@@ -62,6 +63,33 @@ def offered(name: str, found: Reduced, sent: Adapter) -> Update:
     again = load(dump(offer))
     assert isinstance(again, Offer)
     return update_of(again, sent, learnt_state(8).adapter)
+
+
+def test_rows_of_dense_tensors_are_summed_up_too_and_counted_for_their_devices() -> None:
+    """Where all devices train the same rows, a gateway in between changes nothing."""
+    name, draw = "model.embed_tokens#prompt", np.random.default_rng(2)
+    start = State(
+        Adapter({name: as_pair(draw.standard_normal((5, 7)).astype(np.float32), range(5), 5)}), Adapter({}), 3
+    )
+
+    def trained(client: str, weight: float) -> Update:
+        pair = take(start.adapter[name], [0, 1, 2])
+        moved = Pair(pair.a + draw.standard_normal(pair.a.shape).astype(np.float32), pair.b)
+        return Update(client, weight, Adapter({name: pair}), Adapter({name: moved}))
+
+    known = [trained("a", 3.0), trained("b", 1.0), trained("c", 4.0)]
+    flat = METHOD.combine(start, known).state.adapter[name]
+    sums = []
+    for gate, part in (("g", known[:2]), ("h", known[2:])):
+        found = reduce(METHOD, part, NOTHING, rank=WIDE, version=3)
+        owed = owing(found, found.increment, NOTHING, rank=WIDE)
+        assert not owed
+        nothing = Adapter({name: zero(found.increment[name].shape, found.increment[name].rank)})
+        sums.append(Update(gate, found.weights[name], nothing, found.increment))
+    tree = METHOD.combine(start, sums).state.adapter[name]
+
+    np.testing.assert_allclose(tree.a, flat.a, atol=1e-6)
+    np.testing.assert_array_equal(tree.a[3:], start.adapter[name].a[3:])
 
 
 def norm_of(state: State) -> float:

@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 from edge_runtime.lora.adapter import Adapter, LayerSlot, Pair, Slot
 from edge_runtime.lora.algebra import decompose, take, to_pair
 from edge_runtime.lora.dense import as_pair, dense_name
+from edge_runtime.wire.messages import group
 from server import aggregators
 from server.aggregators import METHODS
 from server.aggregators.increment import increment
 from server.aggregators.method import State, Update, fresh_state, load_state, prefix, save_state
+from server.fleet import unbearable
+from tests.runtime.said import hello
 
 ROWS, WIDTH = 7, 5
 PROMPT = dense_name("model.embed_tokens", "prompt")
@@ -148,6 +151,16 @@ def test_a_sum_of_increments_alone_keeps_the_rows_that_moved() -> None:
         summed.product(), naive(state, updates, PROMPT) - state.adapter[PROMPT].product(), atol=1e-6
     )
     assert summed.rank == 3
+
+
+def test_a_tensor_taller_than_the_global_adapter_is_refused_before_anything_is_allocated() -> None:
+    def said(rows: int) -> str:
+        return unbearable(hello("a", groups=group(Slot({PROMPT: LayerSlot(rows, 8, 2, 1)}))), 16, 1 << 20)
+
+    assert not said(16)
+    assert "at most 16" in said(17)
+    wide = hello("a", groups=group(Slot({PROMPT: LayerSlot(16, 1 << 20, 2, 1)})))
+    assert "bytes" in unbearable(wide, 16, 1 << 20)
 
 
 def test_tensors_begin_as_zeros_beside_pairs_and_are_saved_bit_for_bit() -> None:

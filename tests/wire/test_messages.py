@@ -255,6 +255,23 @@ def test_a_model_of_many_equal_layers_is_a_handful_of_groups() -> None:
     assert {part.layers for part in groups} == {((0, 10),), ((10, 120),)}
 
 
+def test_dense_tensors_travel_by_their_names() -> None:
+    slot = Slot(
+        {
+            **{f"model.layers.{i}.self_attn.k_proj#prefix": LayerSlot(16, 192, 8, 4) for i in range(30)},
+            "model.embed_tokens#prompt": LayerSlot(16, 576, 8, 4),
+        }
+    )
+    loaded = load(dump(hello(group(slot))))
+
+    assert isinstance(loaded, messages.Hello)
+    assert len(loaded.groups) == 2
+    assert ungroup(loaded.groups) == slot
+    for name in ("k_proj#", "k#a#b", "#prompt", "k#Prefix"):
+        with pytest.raises(ValidationError):
+            part(module=name)
+
+
 def part(**changed: Any) -> LayerGroup:
     """A sound group, with some fields changed."""
     sound = {"prefix": "h.", "module": "q", "layers": ((0, 3),), "d_out": 4, "d_in": 4, "held": 2, "trained": 1}
