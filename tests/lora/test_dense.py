@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from edge_runtime.lora.adapter import Adapter, Pair
 from edge_runtime.lora.algebra import cut, take
 from edge_runtime.lora.dense import as_pair, dense_name, first_rows, followed, is_dense, path_of, rows_of, tensor_of
-from edge_runtime.wire import bands, codec, feedback
+from edge_runtime.wire import bands, codec, feedback, update
 from edge_runtime.wire.codec import CODECS
 
 NAME = dense_name("model.layers.0.self_attn.k_proj", "prefix")
@@ -91,3 +93,21 @@ def test_what_is_owed_of_a_row_follows_the_row_and_of_another_is_lost() -> None:
 def test_an_identity_that_a_codec_rounded_is_exact_again() -> None:
     rounded = Pair(tensor(2), np.array([[0.99, 0], [0, 1.01], [0, 0]], np.float32))
     np.testing.assert_array_equal(first_rows(rounded).b, np.eye(3, 2, dtype=np.float32))
+
+
+@pytest.mark.parametrize("rows", [range(4), (1, 3, 5)])
+def test_the_automatic_codec_and_error_feedback_deliver_the_whole_change_in_time(rows: Sequence[int]) -> None:
+    """What was sent and what is owed are the change; nothing of either is in the columns."""
+    whole = as_pair(tensor(6, 4000), range(6), 6)
+    received = Adapter({NAME: take(whole, list(rows))})
+    change = Adapter({NAME: Pair(tensor(len(rows), 4000, seed=3), np.zeros((6, len(rows)), np.float32))})
+    made = update.make(change, received, feedback.NONE, update.Terms("auto"), {NAME: tuple(rows)})
+    owed = made.residual.owed[NAME]
+
+    np.testing.assert_allclose(made.sent[NAME].a + owed.a, change[NAME].a, atol=1e-6)
+    assert np.linalg.norm(made.sent[NAME].a) > 0.5 * np.linalg.norm(change[NAME].a)
+    assert not made.sent[NAME].b.any()
+    assert not owed.b.any()
+    again = feedback.load(feedback.dump(made.residual))
+    later = feedback.wanted(change, received, again, {NAME: tuple(rows)})
+    np.testing.assert_allclose(later[NAME].a, change[NAME].a + owed.a, atol=1e-6)
