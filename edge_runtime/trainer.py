@@ -13,6 +13,7 @@ from typing import Annotated, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from edge_runtime.lora.adapter import Adapter, Slot
+from edge_runtime.lora.factors import Factors
 from edge_runtime.lora.slices import Scores
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -43,6 +44,9 @@ class Training(Model):
     ] = False
     proximal: Annotated[Finite, Field(ge=0, description="strength of the pull to what was received")] = 0.0
     correction: Annotated[Finite, Field(ge=0, description="strength of the push against the device's own drift")] = 0.0
+    factors: Annotated[
+        Factors, Field(description="which factors of the slice are trained; the others stay as they were received")
+    ] = "ab"
 
 
 class AdapterSpec(Model):
@@ -59,6 +63,7 @@ class AdapterSpec(Model):
     bits_down: Annotated[Finite, Field(gt=0, description="of a number of the global adapter, before zstd")] = 8.0
     slice: Annotated[str, Field(description="which held directions are trained; see lora.slices")] = "top"
     allocation: Annotated[str, Field(description="how many of which layer; see lora.allocation")] = "uniform"
+    equal_ranks: Annotated[bool, Field(description="whether every device trains exactly max_rank")] = False
 
 
 @dataclass(frozen=True)

@@ -32,12 +32,14 @@ def directive_of(config: Config, state: State, cut: tuple[Band, ...], *, rank: i
         rank: of the global adapter.
         method: by which the fleet merges; devices are told what it permits, not what it is.
     """
-    phase = ASKS[state.phase]
+    phase, asks = ASKS[state.phase], method.asks(max(state.round, 1))
     steps = config.training.personal_steps if phase == "finish" else config.training.max_steps
     training = config.training.model_dump(exclude={"personal_steps", "max_steps"})
     if phase == "finish":
         # A personal adapter is meant to leave the fleet's.
         training |= {"proximal": 0.0, "correction": 0.0}
+    else:
+        training["factors"] = asks.trained
     everybody = config.rounds.fraction_train == 1.0 or phase != "train"
     return Directive(
         fleet=config.fleet.name,
@@ -51,6 +53,7 @@ def directive_of(config: Config, state: State, cut: tuple[Band, ...], *, rank: i
             **config.adapter.model_dump(),
             max_held=rank,
             hold_more=method.hold_more,
+            equal_ranks=method.equal_ranks,
             bits_up=update.bits_up(config.wire.codec_up),
             bits_down=update.bits_down(config.wire.codec_down),
         ),
@@ -61,4 +64,6 @@ def directive_of(config: Config, state: State, cut: tuple[Band, ...], *, rank: i
         error_feedback=config.wire.error_feedback,
         upload_bytes=config.wire.upload_bytes,
         increments=method.increments,
+        sent=asks.sent,
+        private=asks.private,
     )

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 from edge_runtime.config import Config
 from edge_runtime.errors import AggregationError
 from edge_runtime.lora.adapter import Adapter
+from edge_runtime.lora.factors import only
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import Hello, Offer, ungroup
 from server import rounds
 from server.aggregators.method import Aggregator, Merged, Update, in_memory, load_state, save_state
 from server.downlink import Downlink
+from server.fitting import check, factors_of, unfit
 from server.fleet import unbearable
 from server.outcome import attempt
 from server.scratch import Scratch
@@ -51,6 +53,9 @@ class Merging:
         store: opened.
         downlink: of the fleet.
         clock: seconds, monotonic.
+
+    Raises:
+        ConfigError: the fleet's file asks for something that the method cannot do.
     """
 
     def __init__(
@@ -63,12 +68,14 @@ class Merging:
         downlink: Downlink,
         clock: Callable[[], float],
     ) -> None:
+        check(config, method)
         self._config, self._method, self._rank = config, method, rank
         self._store, self._downlink, self._clock = store, downlink, clock
 
     def unbearable(self, hello: Hello) -> str:
-        """Why this server could not bear the global adapter that a device's layers make, or ''."""
-        return unbearable(hello, self._rank, max(DECODED * self._config.wire.max_upload_bytes, HARMLESS))
+        """Why this server could not bear a device's layers, or its method could not merge its slices, or ''."""
+        most = max(DECODED * self._config.wire.max_upload_bytes, HARMLESS)
+        return unbearable(hello, self._rank, most) or unfit(hello, self._method, self._rank)
 
     def update(self, offer: Offer, payload: bytes) -> Update:
         """What an upload says.
@@ -77,6 +84,11 @@ class Merging:
             WireError: its payload does not decode, or is of no slice of the version that its offer names.
         """
         return self._update(offer, payload, in_memory)
+
+    def usual(self, number: int) -> list[float]:
+        """How far updates move that were accepted in a round, and in the one before if that asked for the same."""
+        alike = self._method.asks(number) == self._method.asks(number - 1)
+        return self._store.norms(number, before=int(alike))
 
     def updates(self, number: int) -> Iterator[Update]:
         """The stored updates of a round, by device; what memory should not hold of them is on the disk.
@@ -92,7 +104,9 @@ class Merging:
 
     def _update(self, offer: Offer, payload: bytes, keep: Keep) -> Update:
         change, directions = codec.decode_slice(payload, limit=DECODED * self._config.wire.max_upload_bytes)
-        return update_of(offer, keep(change), self._downlink.received(offer.version), directions)
+        # A factor that nobody asked for is not read, whatever was sent of it.
+        asked = only(change, self._method.asks(offer.round).sent)
+        return update_of(offer, keep(asked), self._downlink.received(offer.version), directions)
 
     def version(self, state: rounds.State) -> StoredVersion:
         """The version that the rounds stand at; the first one is made when the fleet's shapes are known.
@@ -107,7 +121,7 @@ class Merging:
             raise AggregationError(f"version {state.version} is not in the store; restore the store from a backup")
         shapes = ungroup(next(iter(state.members.values())).hello.groups).shapes
         fresh = self._method.init(shapes, self._rank, self._config.training.seed)
-        version, payloads = self._downlink.cut(0, save_state(fresh), fresh.adapter)
+        version, payloads = self._downlink.cut(0, save_state(fresh), fresh.adapter, factors_of(self._method))
         self._store.save_version(version, payloads)
         return version
 
@@ -124,7 +138,9 @@ class Merging:
         merged = attempt(self._method, base, self._updates(state.round, keep))
         if isinstance(merged, AggregationError):
             return merged
-        version, payloads = self._downlink.cut(state.version + 1, save_state(merged.state), merged.state.adapter)
+        version, payloads = self._downlink.cut(
+            state.version + 1, save_state(merged.state), merged.state.adapter, factors_of(self._method)
+        )
         sizes = [len(payload) for payload in payloads]
         facts = {"seconds": self._clock() - started, "band_bytes": sizes}
         return Next(version, payloads, {"event": "merge", "round": state.round, **merge_facts(merged), **facts}, merged)

@@ -279,7 +279,7 @@ class Service:
         except (WireError, AggregationError) as error:
             self._refuse(offer, "corrupt", str(error))
             return
-        problem = screening.absurd(norm, self._store.norms(offer.round), self._limits)
+        problem = screening.absurd(norm, self._merging.usual(offer.round), self._limits)
         if problem:
             self._refuse(offer, "norm", problem)
             return

@@ -239,11 +239,11 @@ class Store:
             self._put_rounds(rounds)
             self._put_event(event)
 
-    def norms(self, round_number: int) -> list[float]:
-        """How far the updates of a round and of the one before it move, as far as they are here."""
+    def norms(self, round_number: int, *, before: int = 1) -> list[float]:
+        """How far the updates of a round and of so many before it move, as far as they are here."""
         rows = self._db.execute(
             "SELECT norm FROM updates WHERE round BETWEEN ? AND ? AND norm IS NOT NULL",
-            (round_number - 1, round_number),
+            (round_number - before, round_number),
         )
         return [float(norm) for (norm,) in rows]
 

@@ -346,7 +346,8 @@ class LocalTrainer:
         family = get(ready.spec.family)
 
         def parameters() -> dict[str, Matrix]:
-            return {name: p.detach().cpu().numpy().copy() for name, p in family.trainable(ready.live).items()}
+            learnt = loop.learning(family.trainable(ready.live), training.factors)
+            return {name: p.detach().cpu().numpy().copy() for name, p in learnt.items()}
 
         name = RoundName(round_number, key, key_of(of_model), optimizer)
 

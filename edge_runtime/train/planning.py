@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from edge_runtime.config import Device
+from edge_runtime.errors import ConfigError
 from edge_runtime.lora.adapter import LayerSlot, Slot
 from edge_runtime.trainer import AdapterSpec, Training
 from profiles.card import ModelCard
@@ -75,7 +76,20 @@ def choose(
     memory = ceiling
     if ceiling is not None and "memory_bearable_bytes" not in profile.unreadable:
         memory = min(ceiling, profile.memory_bearable_bytes)
-    return plan(profile, card, task, Budgets(memory, owner.round_seconds, owner.round_bytes), owner.overrides)
+    budgets = Budgets(memory, owner.round_seconds, owner.round_bytes)
+    return plan(profile, card, task, budgets, _overrides(owner, spec))
+
+
+def _overrides(owner: Owner, spec: AdapterSpec) -> Overrides:
+    """What is not left to the plan: what the owner insists on, and the rank where all devices train the same."""
+    if not spec.equal_ranks:
+        return owner.overrides
+    if owner.overrides.rank not in {None, spec.max_rank}:
+        raise ConfigError(
+            f"every device of this fleet trains rank {spec.max_rank}; found [device] rank {owner.overrides.rank}; "
+            "leave it out, or let the fleet merge by a method for unequal ranks, such as increment"
+        )
+    return replace(owner.overrides, rank=spec.max_rank)
 
 
 def slot_of(chosen: Plan, card: ModelCard, spec: AdapterSpec) -> Slot:

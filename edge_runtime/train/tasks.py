@@ -44,4 +44,5 @@ def task_of(training: Training, round_number: int, chosen: Plan, family: str) ->
         optimizer=chosen.optimizer,
         lora_plus_ratio=training.lora_plus_ratio,
         family=family,
+        factors=training.factors,
     )

@@ -20,7 +20,7 @@ import torch
 from edge_runtime.lora.adapter import Matrix, Pair
 
 Parameters = Mapping[str, torch.nn.Parameter]
-"""`<layer>.a` (r, d_in) and `<layer>.b` (d_out, r), scale not folded, each with its gradient."""
+"""`<layer>.a` (r, d_in) and `<layer>.b` (d_out, r), scale not folded, each with its gradient where it is trained."""
 
 Term = Callable[[Parameters], None]
 """Adds the gradient of the term to that of the parameters, in place."""
@@ -77,6 +77,8 @@ def _beside(values: Matrix, parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def _add(parameter: torch.nn.Parameter, gradient: torch.Tensor, factor: float) -> None:
+    if not parameter.requires_grad:
+        return  # a factor that this round leaves as it is
     if parameter.grad is None:
         raise ValueError("a term is added to a gradient; found a parameter without one")
     parameter.grad.add_(gradient, alpha=factor)

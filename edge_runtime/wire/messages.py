@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from edge_runtime.errors import CorruptPayloadError, TooLargeError, VersionMismatchError
 from edge_runtime.lora.adapter import LayerSlot, Slot
+from edge_runtime.lora.factors import Factors, Private
 from edge_runtime.trainer import AdapterSpec, Training
 from edge_runtime.wire.blobs import BlobRef, as_ranges
 
@@ -55,11 +56,12 @@ class LayerGroup(Model):
 
 
 class Band(Model):
-    """Directions start..stop of the global adapter, in every layer, as one blob."""
+    """Directions start..stop of the global adapter, in every layer, as one blob; both factors, or one of them."""
 
     start: Count
     stop: Count
     blob: BlobRef
+    factor: Factors = "ab"
 
 
 class Directive(Model):
@@ -68,6 +70,9 @@ class Directive(Model):
     phase "gather": plan and say hello. "train": fetch the bands you hold, train, offer. "finish": fetch the bands,
     make the personal adapter, report. `participants` None means everybody who said hello. `run` names one life of the
     fleet: a server with a new store begins another. `increments` says whether an offer may be of that kind.
+
+    An update has the factors `sent`; those that `training` trains and nobody sends have no effect on others. A factor
+    that is `private` each device keeps for itself, from round to round, and has in the place of the fleet's.
     """
 
     v: Literal[1] = PROTOCOL
@@ -87,6 +92,8 @@ class Directive(Model):
     error_feedback: bool = False
     upload_bytes: Count | None = None
     increments: bool = False
+    sent: Factors = "ab"
+    private: Private = ""
 
     def asks(self, client: str) -> bool:
         """Whether this device takes part in the round."""

@@ -7,20 +7,51 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from edge_runtime.errors import ConfigError, unknown_name
+from server.aggregators.fedit import fedit
+from server.aggregators.fedsa_lora import fedsa_lora
+from server.aggregators.ffa_lora import ffa_lora
 from server.aggregators.increment import increment
 from server.aggregators.layers import Engine, local
 from server.aggregators.method import Aggregator
 from server.aggregators.optimizers import OPTIMIZERS, optimised
 from server.aggregators.robust import ROBUST
 from server.aggregators.robust.guarding import guarded
+from server.aggregators.rolora import rolora
+from server.aggregators.row import Row
 from server.aggregators.svd import svd
 from server.aggregators.zero_pad import zero_pad
 
-METHODS: Mapping[str, Callable[..., Aggregator]] = {
-    "increment": increment,
-    "svd": svd,
-    "zero_pad": zero_pad,
-}
+COVARIANCE = "lacks the weighted covariance of the factors"
+
+METHODS: Mapping[str, Row] = {
+    "fedit": Row(
+        fedit, "FedIT", "mean of both factors", COVARIANCE, "Zhang et al., arXiv 2305.05644", secure=True,
+    ),
+    "fedsa_lora": Row(
+        fedsa_lora, "FedSA-LoRA", "mean of `a`; each device keeps its own `b`",
+        "has no global product: it depends on the device", "Guo et al., ICLR 2025, arXiv 2410.01463", secure=True,
+    ),
+    "ffa_lora": Row(
+        ffa_lora, "FFA-LoRA", "mean of `b` over one fixed `a`", "", "Sun et al., ICLR 2024, arXiv 2403.12313",
+        secure=True,
+    ),
+    "increment": Row(
+        increment, "increment (ours)", "sum of what devices changed, in factored form", "",
+        "this project; unbiased form of FedHL (Peng et al., 2025)", "tail of the last cut",
+    ),
+    "rolora": Row(
+        rolora, "RoLoRA", "mean of `b` in odd rounds, of `a` in even ones", "",
+        "Chen et al., NeurIPS 2025, arXiv 2502.01755", secure=True,
+    ),
+    "svd": Row(
+        svd, "FlexLoRA", "truncated SVD of the mean of products", "", "Bai et al., NeurIPS 2024, arXiv 2402.11505",
+        idle=False,
+    ),
+    "zero_pad": Row(
+        zero_pad, "zero-padding", "mean of factors padded with zeros", f"{COVARIANCE}; dilutes what few devices hold",
+        "padding of HetLoRA (Cho et al., EMNLP 2024, arXiv 2401.06432)", secure=True, idle=False,
+    ),
+}  # fmt: skip
 
 
 def build(
@@ -45,13 +76,14 @@ def build(
         ConfigError: no such method, rule or optimiser (lists those there are), a parameter that none of them takes, or
             a bad value.
     """
+    builders = {name: row.build for name, row in METHODS.items()}
     parts: list[tuple[str, str, Mapping[str, Callable[..., Any]]]] = []
     if robust is not None:
         parts.append(("robust rule", robust, ROBUST))
     if optimizer is not None:
         parts.append(("server optimizer", optimizer, OPTIMIZERS))
     rest, built = dict(parameters), dict[str, Any]()
-    for kind, name, table in (*parts, ("method", method, METHODS)):
+    for kind, name, table in (*parts, ("method", method, builders)):
         if name not in table:
             raise ConfigError(unknown_name("aggregation method" if kind == "method" else kind, str(name), table))
         taken = set(rest) if kind == "method" else set(rest) & set(inspect.signature(table[name]).parameters)
@@ -61,6 +93,17 @@ def build(
         except (TypeError, ValueError) as error:
             raise ConfigError(f"[aggregator] {kind} '{name}': {error}") from error
     merging: Aggregator = built["method"]
+    if problem := _apart(merging, robust, optimizer):
+        raise ConfigError(f"[aggregator] method '{method}' {problem}")
     if robust is not None:
         merging = guarded(merging, robust, built["robust rule"])
     return merging if optimizer is None else optimised(merging, built["server optimizer"])
+
+
+def _apart(method: Aggregator, robust: str | None, optimizer: str | None) -> str:
+    """Why a method whose factors do not travel together cannot be composed with that, or ''."""
+    if method.private and robust is not None:
+        return f"sees no products of updates, which robust = '{robust}' judges; leave that out, or take fedit"
+    if method.apart and optimizer is not None:
+        return f"needs a factor that stays as it is, and optimizer = '{optimizer}' factorises anew; take fedit with it"
+    return ""

@@ -34,8 +34,9 @@ def zero_pad(engine: Engine = local, /) -> Aggregator:
         return merge_layers(state, updates, merge_layer, engine)
 
     return Aggregator(
-        fresh_state, combine, prefix, lambda max_rank: max_rank, hold_more=False, exact=False, increments=False
-    )
+        fresh_state, combine, prefix, lambda max_rank: max_rank,
+        hold_more=False, exact=False, increments=False, of_factors=True,
+    )  # fmt: skip
 
 
 def merge_layer(task: LayerTask) -> LayerResult:

@@ -107,7 +107,7 @@ class ToyTrainer:
         fitting = self._most if ceiling is None else min(self._most, ceiling // RANK_BYTES)
         if fitting < 1:
             raise PlanError(f"a direction takes {RANK_BYTES} bytes; found a ceiling of {ceiling}")
-        self._rank = fitting
+        self._rank = spec.max_rank if spec.equal_ranks else fitting
         on_plan(RANK_BYTES * min(self._rank, spec.max_rank))
         trained = min(self._rank, spec.max_rank)
         held = max(trained, min(self._held, spec.max_held)) if spec.hold_more else trained
@@ -165,7 +165,8 @@ class ToyTrainer:
             for name, wanted in self.targets.items():
                 error = self._whole(name).product() - wanted
                 a, b = self._trained[name].a, self._trained[name].b
-                down_a, down_b = training.learning_rate * (b.T @ error), training.learning_rate * (error @ a.T)
+                down_a = training.learning_rate * ("a" in training.factors) * (b.T @ error)
+                down_b = training.learning_rate * ("b" in training.factors) * (error @ a.T)
                 self._trained[name] = Pair((a - down_a).astype(np.float32), (b - down_b).astype(np.float32))
             loss = self.evaluate()
             if not np.isfinite(loss):

@@ -90,8 +90,8 @@ class Bench:
                 index: self.broker.retained[topics.broadcast(FLEET, band.blob.sha256, index)]
                 for index in range(band.blob.chunks)
             }
-            parts.append(codec.decode(blobs.join(band.blob, chunks)))
-        return bands.join(parts)
+            parts.append((band, codec.decode(blobs.join(band.blob, chunks))))
+        return bands.assembled(parts)
 
 
 class Hand:

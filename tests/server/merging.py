@@ -8,8 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.lora.adapter import Adapter, LayerSlot, Pair, Slot
-from edge_runtime.lora.algebra import decompose, take, to_pair
+from edge_runtime.lora.algebra import changed, decompose, take, to_pair
+from edge_runtime.lora.factors import only
 from edge_runtime.wire import codec
+from server import aggregators
 from server.aggregators.method import Aggregator, Shapes, State, Update
 
 Dense = dict[str, NDArray[np.float64]]
@@ -56,8 +58,11 @@ def updates_from(
 ) -> list[Update]:
     """What devices of these trained ranks return, if the global adapter reached them through the codec `downlink`.
 
-    With `size` 0, nobody learns anything.
+    With `size` 0, nobody learns anything. Devices train all where the method wants equal ranks, and whichever factors
+    it asks for in the round after this state.
     """
+    asks = method.asks(state.version + 1)
+    ranks = [rank_for(method, state, rank) for rank in ranks]
     draw = np.random.default_rng([seed, *ranks])
     sent = codec.decode(codec.encode(state.adapter, downlink)) if downlink else state.adapter
     found = []
@@ -71,15 +76,27 @@ def updates_from(
         )
         trained = Adapter(
             {
-                name: Pair(
-                    (pair.a + size * draw.standard_normal(pair.a.shape)).astype(np.float32),
-                    (pair.b + size * draw.standard_normal(pair.b.shape)).astype(np.float32),
+                name: changed(pair, by)
+                for (name, pair), by in zip(
+                    received.items(),
+                    only(Adapter({n: noise(draw, size, pair) for n, pair in received.items()}), asks.sent).values(),
+                    strict=True,
                 )
-                for name, pair in received.items()
             }
         )
         found.append(Update(f"device-{index}", weights[index] if weights else 1.0 + index, received, trained))
     return found
+
+
+def noise(draw: np.random.Generator, size: float, pair: Pair) -> Pair:
+    """What a device may have learnt: normal numbers of that size in both factors."""
+    a, b = (size * draw.standard_normal(factor.shape) for factor in (pair.a, pair.b))
+    return Pair(a.astype(np.float32), b.astype(np.float32))
+
+
+def rank_for(method: Aggregator, state: State, rank: int) -> int:
+    """The rank of a device that would like to train that many directions."""
+    return max(state.adapter.ranks.values()) if method.equal_ranks else rank
 
 
 def dense(adapter: Adapter, shapes: Shapes = SHAPES) -> Dense:
@@ -132,12 +149,31 @@ def naive_zero_pad(state: State, updates: Sequence[Update], name: str) -> NDArra
     return np.asarray(b @ a)
 
 
+def naive_mean_of_factors(_state: State, updates: Sequence[Update], name: str) -> NDArray[np.float64]:
+    """The product of the means of the factors, at one rank."""
+    a = mean(updates, name, lambda update: update.trained[name].a.astype(np.float64))
+    b = mean(updates, name, lambda update: update.trained[name].b.astype(np.float64))
+    return np.asarray(b @ a)
+
+
 NAIVE: Mapping[str, Callable[[State, Sequence[Update], str], NDArray[np.float64]]] = {
+    "fedit": naive_mean_of_factors,
+    "fedsa_lora": naive_mean_of_factors,
+    "ffa_lora": naive_svd,
     "increment": naive_increment,
+    "rolora": naive_svd,
     "svd": naive_svd,
     "zero_pad": naive_zero_pad,
 }
 """What each method computes, written as its formula on dense matrices, before any truncation."""
+
+
+JUDGED = sorted(name for name in aggregators.METHODS if not aggregators.build(name).private)
+"""Methods whose updates have products, so that a rule can judge them."""
+STEPPED = sorted(name for name in aggregators.METHODS if not aggregators.build(name).apart)
+"""Methods whose factors travel together, so that a server optimiser may make others of them."""
+UNEQUAL = sorted(name for name in aggregators.METHODS if not aggregators.build(name).equal_ranks)
+"""Methods that merge devices of unequal rank."""
 
 
 def idle(method: Aggregator, state: State, ranks: Sequence[int], rounds: int = 1, downlink: str | None = None) -> State:
