@@ -214,7 +214,8 @@ class Client:
             loss_first=result.loss_first, loss_last=result.loss_last,
         )  # fmt: skip
         own = private.after(received, slices, result.change, directive.private)
-        self._disk.put_outbox(offer, made.payload, feedback.dump(made.residual), own)
+        facts = slicing.pruned(directive, slices.before, result.change)
+        self._disk.put_outbox(offer, made.payload, feedback.dump(made.residual), own, facts)
         moved = f"loss {result.loss_first:.3f} → {result.loss_last:.3f}"
         self._say(f"round {directive.round}: {moved}, update of {len(made.payload)} bytes, {made.how}")
         self._report("offering")

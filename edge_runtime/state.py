@@ -11,7 +11,7 @@ import json
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +109,28 @@ class DeviceState:
         return bytes(row[0]) if row else None
 
     def put_outbox(
-        self, offer: Offer, payload: bytes, residual: bytes | None = None, private: bytes | None = None
+        self,
+        offer: Offer,
+        payload: bytes,
+        residual: bytes | None = None,
+        private: bytes | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
-        """Keep an update until `settle`, what will be owed once it is accepted, and what is private: all or nothing."""
+        """Keep an update until `settle`, with what follows from its round: all or nothing.
+
+        Args:
+            offer: of the update.
+            payload: its bytes.
+            residual: what will be owed once it is accepted.
+            private: what this device keeps for itself; None for what it has.
+            facts: to be remembered.
+        """
         owed: list[Statement] = [("DELETE FROM owed WHERE state = 'once accepted'", ())]
         if residual is not None:
             owed.append(("INSERT INTO owed VALUES ('once accepted', ?)", (residual,)))
         if private is not None:
             owed.append(("INSERT OR REPLACE INTO kept VALUES (1, ?)", (private,)))
+        owed += [_fact(name, value) for name, value in (facts or {}).items()]
         self._write(("INSERT OR REPLACE INTO outbox VALUES (1, ?, ?)", (offer.model_dump_json(), payload)), *owed)
 
     def recut_outbox(self, offer: Offer) -> None:

@@ -47,6 +47,12 @@ class Training(Model):
     factors: Annotated[
         Factors, Field(description="which factors of the slice are trained; the others stay as they were received")
     ] = "ab"
+    kept: Annotated[
+        Finite, Field(gt=0, le=1, description="share of a layer's directions that stay where it is pruned; 1 for never")
+    ] = 1.0
+    tail_penalty: Annotated[
+        Finite, Field(ge=0, description="strength of the pull on the directions beyond that share")
+    ] = 0.0
 
 
 class AdapterSpec(Model):

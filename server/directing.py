@@ -39,7 +39,7 @@ def directive_of(config: Config, state: State, cut: tuple[Band, ...], *, rank: i
         # A personal adapter is meant to leave the fleet's.
         training |= {"proximal": 0.0, "correction": 0.0}
     else:
-        training["factors"] = asks.trained
+        training |= {"factors": asks.trained, **method.training}
     everybody = config.rounds.fraction_train == 1.0 or phase != "train"
     return Directive(
         fleet=config.fleet.name,

@@ -31,7 +31,7 @@ from edge_runtime.train.receiving import Received, fitted, receive, slot_for
 from edge_runtime.train.reporting import SILENT, Reporting, Reports, Subject
 from edge_runtime.train.source import resolve
 from edge_runtime.train.tasks import same_model, same_numbers, task_of
-from edge_runtime.train.terms import Term, proximal, push
+from edge_runtime.train.terms import Term, proximal, push, tail
 from edge_runtime.train.token_cache import in_words as told_of
 from edge_runtime.train.token_cache import tokens_of
 from edge_runtime.train.vocabulary import check_vocabulary
@@ -363,7 +363,8 @@ class LocalTrainer:
 
     def _terms(self, training: Training, received: Received, start: resume.RoundState | None) -> list[Term]:
         """What holds the device near its fleet, beside the loss."""
-        found, scaling = [], self.ready.live.scaling
+        scaling = self.ready.live.scaling
+        found = [tail(training.kept, training.tail_penalty, scaling)] if training.tail_penalty else []
         if training.proximal:
             found.append(proximal(received.before, training.proximal, scaling))
         direction = drift.pushes(start.beside) if start is not None else {}

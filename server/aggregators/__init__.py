@@ -10,10 +10,15 @@ from edge_runtime.errors import ConfigError, unknown_name
 from server.aggregators.fedit import fedit
 from server.aggregators.fedsa_lora import fedsa_lora
 from server.aggregators.ffa_lora import ffa_lora
+from server.aggregators.glora import glora
+from server.aggregators.hetlora import hetlora
 from server.aggregators.increment import increment
 from server.aggregators.layers import Engine, local
+from server.aggregators.lora_fair import lora_fair
 from server.aggregators.method import Aggregator
 from server.aggregators.optimizers import OPTIMIZERS, optimised
+from server.aggregators.raflora import raflora
+from server.aggregators.rbla import rbla
 from server.aggregators.robust import ROBUST
 from server.aggregators.robust.guarding import guarded
 from server.aggregators.rolora import rolora
@@ -35,9 +40,30 @@ METHODS: Mapping[str, Row] = {
         ffa_lora, "FFA-LoRA", "mean of `b` over one fixed `a`", "", "Sun et al., ICLR 2024, arXiv 2403.12313",
         secure=True,
     ),
+    "glora": Row(
+        glora, "GLoRA", "mean of products within a consensus subspace", "lacks what lies outside the consensus",
+        "Chen et al., arXiv 2605.06733, from its abstract", idle=False,
+    ),
+    "hetlora": Row(
+        hetlora, "HetLoRA", "mean of padded factors by the norms of their products; devices prune ranks",
+        f"{COVARIANCE}; dilutes what few devices hold; a large norm buys weight",
+        "Cho et al., EMNLP 2024, arXiv 2401.06432", idle=False,
+    ),
     "increment": Row(
         increment, "increment (ours)", "sum of what devices changed, in factored form", "",
         "this project; unbiased form of FedHL (Peng et al., 2025)", "tail of the last cut",
+    ),
+    "lora_fair": Row(
+        lora_fair, "LoRA-FAIR", "mean of factors, `b` corrected towards the mean of products",
+        "lacks what lies outside the rows of the mean `a`", "Bian et al., ICCV 2025, arXiv 2411.14961",
+    ),
+    "raflora": Row(
+        raflora, "raFLoRA", "truncated SVD of products, each direction averaged over those who have it",
+        "is the mean of no client-weighted objective", "Wu et al., arXiv 2602.13486",
+    ),
+    "rbla": Row(
+        rbla, "RBLA", "mean of factors, each direction over those who have it", f"{COVARIANCE}, direction by direction",
+        "Tavallaie et al., arXiv 2408.08699", secure=True,
     ),
     "rolora": Row(
         rolora, "RoLoRA", "mean of `b` in odd rounds, of `a` in even ones", "",
@@ -104,6 +130,8 @@ def _apart(method: Aggregator, robust: str | None, optimizer: str | None) -> str
     """Why a method whose factors do not travel together cannot be composed with that, or ''."""
     if method.private and robust is not None:
         return f"sees no products of updates, which robust = '{robust}' judges; leave that out, or take fedit"
+    if not method.weighs and robust is not None:
+        return f"weighs by norms, over which robust = '{robust}' has no say; leave that out, or take zero_pad"
     if method.apart and optimizer is not None:
         return f"needs a factor that stays as it is, and optimizer = '{optimizer}' factorises anew; take fedit with it"
     return ""

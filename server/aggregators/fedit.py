@@ -14,7 +14,7 @@ Cost: O(devices x r x (d_out + d_in)) a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -22,18 +22,8 @@ import numpy as np
 from edge_runtime.errors import AggregationError
 from edge_runtime.lora.adapter import Matrix, Pair
 from edge_runtime.lora.algebra import norm
-from server.aggregators.layers import Engine, LayerResult, LayerTask, local, merge_layers
-from server.aggregators.method import (
-    Aggregator,
-    Asks,
-    LayerReport,
-    Merged,
-    State,
-    Update,
-    everything,
-    fresh_state,
-    prefix,
-)
+from server.aggregators.layers import Engine, LayerResult, LayerTask, averaging, local
+from server.aggregators.method import Aggregator, Asks, LayerReport, everything
 
 
 def fedit(engine: Engine = local, /) -> Aggregator:
@@ -49,14 +39,7 @@ def mean_of_factors(engine: Engine, asks: Callable[[int], Asks], *, exact: bool)
         asks: what a round asks for.
         exact: whether that makes the merge the mean of products: it does where one factor is common to all.
     """
-
-    def combine(state: State, updates: Iterable[Update]) -> Merged:
-        return merge_layers(state, updates, merge_layer, engine)
-
-    return Aggregator(
-        fresh_state, combine, prefix, lambda max_rank: max_rank, hold_more=False, exact=exact, increments=False,
-        asks=asks, equal_ranks=True, of_factors=True,
-    )  # fmt: skip
+    return averaging(merge_layer, engine, exact=exact, asks=asks, equal_ranks=True, of_factors=True)
 
 
 def merge_layer(task: LayerTask) -> LayerResult:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -157,6 +158,8 @@ class Aggregator(NamedTuple):
         asks: number of a round, from 1 → what it asks of a device's factors.
         equal_ranks: whether every device must train all of the global adapter's rank.
         of_factors: whether the merge depends on the factors of a product, and not on the product alone.
+        weighs: whether an update counts by its weight.
+        training: what its rounds ask of local training beside that, by fields of `edge_runtime.trainer.Training`.
     """
 
     init: Callable[[Shapes, int, int], State]
@@ -170,6 +173,8 @@ class Aggregator(NamedTuple):
     asks: Callable[[int], Asks] = everything
     equal_ranks: bool = False
     of_factors: bool = False
+    weighs: bool = True
+    training: Mapping[str, float] = MappingProxyType({})
 
     @property
     def apart(self) -> bool:

@@ -20,7 +20,6 @@ class Row(NamedTuple):
         state: what the server carries from round to round beside the global adapter.
         secure: whether the server needs only sums over devices, so that secure aggregation can hide each update.
         idle: whether a round in which nobody learns anything changes nothing, although devices have unequal ranks.
-        halves: whether two devices that return the same count as one with the weight of both.
     """
 
     build: Callable[..., Aggregator]
@@ -31,4 +30,3 @@ class Row(NamedTuple):
     state: str = "none"
     secure: bool = False
     idle: bool = True
-    halves: bool = True

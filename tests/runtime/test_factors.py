@@ -99,3 +99,22 @@ def test_any_codec_serves_one_factor(folder: Path, codec: str) -> None:
     fleet = life(folder, "rolora", f"wire.codec_up={codec}", "wire.upload_bytes=2000")
     assert fleet.merges()[-1] == (4, 2)
     assert any(pair.b.any() for pair in fleet.merged().values())
+
+
+PRUNING = ("aggregator.gamma=0.7", "aggregator.penalty=15.0", "rounds.num_rounds=6", "training.learning_rate=0.05")
+
+
+def test_devices_prune_their_ranks_and_go_on_with_what_is_left(folder: Path) -> None:
+    fleet = life(folder, "hetlora", *PRUNING)
+    ranks = [tuple(len(rows) for rows in found.values()) for found in fleet.trainers["a"][0].slices]
+    # A device looks at all that its plan holds before each round, and at the end.
+    assert ranks == [(8, 8), (8, 8), (8, 8), (5, 5), (8, 8), (3, 3), (8, 8), (2, 2), (8, 8), (1, 1), (8, 8)]
+    assert fleet.merges()[-1] == (6, 2)
+
+
+@pytest.mark.parametrize("at", [30, 45])
+def test_a_device_that_prunes_and_is_killed_ends_where_it_would_have_ended(folder: Path, at: int) -> None:
+    calm = life(folder / "calm", "hetlora", *PRUNING)
+    disturbed = life(folder / "killed", "hetlora", *PRUNING, kills={"a": [at]})
+    assert disturbed.kills
+    assert disturbed.merged().digest() == calm.merged().digest()

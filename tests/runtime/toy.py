@@ -14,6 +14,7 @@ import numpy as np
 from edge_runtime.errors import DeviceMemoryError, PlanError, RoundError
 from edge_runtime.lora.adapter import Adapter, LayerSlot, Matrix, Pair, Slot
 from edge_runtime.lora.algebra import change, take
+from edge_runtime.lora.pruning import stays
 from edge_runtime.lora.slices import Scores
 from edge_runtime.trainer import AdapterSpec, Gate, Introduction, LocalResult, StepReport, Training
 
@@ -167,6 +168,10 @@ class ToyTrainer:
                 a, b = self._trained[name].a, self._trained[name].b
                 down_a = training.learning_rate * ("a" in training.factors) * (b.T @ error)
                 down_b = training.learning_rate * ("b" in training.factors) * (error @ a.T)
+                if training.tail_penalty and training.kept < 1:
+                    start = stays(len(a), training.kept)
+                    down_a[start:] += training.learning_rate * training.tail_penalty * a[start:]
+                    down_b[:, start:] += training.learning_rate * training.tail_penalty * b[:, start:]
                 self._trained[name] = Pair((a - down_a).astype(np.float32), (b - down_b).astype(np.float32))
             loss = self.evaluate()
             if not np.isfinite(loss):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -156,11 +158,84 @@ def naive_mean_of_factors(_state: State, updates: Sequence[Update], name: str) -
     return np.asarray(b @ a)
 
 
+def owned(updates: Sequence[Update], name: str, rank: int) -> NDArray[np.float64]:
+    """(devices, rank): of each direction, the shares of those who have it; they sum to 1, or to 0 where nobody has."""
+    there = np.asarray([[u.weight * (i < u.trained[name].rank) for i in range(rank)] for u in updates], float)
+    return np.asarray(there / np.maximum(there.sum(axis=0), 1e-30))
+
+
+def naive_rbla(state: State, updates: Sequence[Update], name: str) -> NDArray[np.float64]:
+    """The product of the means of each direction over those who have it."""
+    old = state.adapter[name]
+    a, b = old.a.astype(float), old.b.astype(float)
+    shares = owned(updates, name, old.rank)
+    for i in np.flatnonzero(shares.any(axis=0)):
+        a[i] = sum(p * u.trained[name].a[i] for p, u in zip(shares[:, i], updates, strict=True) if p)
+        b[:, i] = sum(p * u.trained[name].b[:, i] for p, u in zip(shares[:, i], updates, strict=True) if p)
+    return np.asarray(b @ a)
+
+
+def naive_raflora(state: State, updates: Sequence[Update], name: str) -> NDArray[np.float64]:
+    """The sum over the paper's partitions, cut at the ranks of the devices; the rest of the global product stays."""
+    old, found = state.adapter[name], np.zeros(state.adapter[name].shape)
+    edges = [0, *sorted({update.trained[name].rank for update in updates})]
+    for low, high in itertools.pairwise(edges):
+        having = [update for update in updates if update.trained[name].rank >= high]
+        total = sum(update.weight for update in having)
+        for update in having:
+            pair = update.trained[name]
+            found += update.weight / total * pair.b[:, low:high].astype(float) @ pair.a[low:high].astype(float)
+    return np.asarray(found + old.b[:, edges[-1] :].astype(float) @ old.a[edges[-1] :].astype(float))
+
+
+def naive_hetlora(state: State, updates: Sequence[Update], name: str) -> NDArray[np.float64]:
+    """The padded mean with the norms of the products as weights."""
+    norms = [float(np.linalg.norm(dense(update.trained)[name])) for update in updates]
+    return naive_zero_pad(state, [replace(u, weight=n) for u, n in zip(updates, norms, strict=True)], name)
+
+
+def naive_lora_fair(_state: State, updates: Sequence[Update], name: str) -> NDArray[np.float64]:
+    """The corrected mean with its ridge written as least squares on the dense residual."""
+    a = mean(updates, name, lambda update: update.trained[name].a.astype(float))
+    b = mean(updates, name, lambda update: update.trained[name].b.astype(float))
+    lacking = mean(updates, name, lambda update: dense(update.trained)[name]) - b @ a
+    weight = np.sqrt(0.01 * np.mean(np.sum(a * a, axis=1)))
+    left = np.concatenate([a.T, weight * np.eye(len(a))])
+    right = np.concatenate([lacking.T, np.zeros((len(a), len(lacking)))])
+    return np.asarray((b + np.linalg.lstsq(left, right, rcond=None)[0].T) @ a)
+
+
+def naive_glora(state: State, updates: Sequence[Update], name: str) -> NDArray[np.float64]:
+    """The mean of products between the projectors onto the leading eigenvectors of the mean projectors."""
+    rank = state.adapter[name].rank
+    sides = []
+    for of in (
+        mean(updates, name, lambda update: projector(dense(update.trained)[name])),
+        mean(updates, name, lambda update: projector(dense(update.trained)[name].T)),
+    ):
+        values, vectors = np.linalg.eigh(of)
+        leading = vectors[:, ::-1][:, :rank][:, values[::-1][:rank] > 1e-7]
+        sides.append(leading @ leading.T)
+    return np.asarray(sides[0] @ mean(updates, name, lambda update: dense(update.trained)[name]) @ sides[1])
+
+
+def projector(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Onto the columns of a matrix, but for rounding of float32."""
+    u, s, _ = np.linalg.svd(x, full_matrices=False)
+    kept = u[:, s > s[0] * 2.0**-23 * max(x.shape)]
+    return np.asarray(kept @ kept.T)
+
+
 NAIVE: Mapping[str, Callable[[State, Sequence[Update], str], NDArray[np.float64]]] = {
     "fedit": naive_mean_of_factors,
     "fedsa_lora": naive_mean_of_factors,
     "ffa_lora": naive_svd,
+    "glora": naive_glora,
+    "hetlora": naive_hetlora,
     "increment": naive_increment,
+    "lora_fair": naive_lora_fair,
+    "raflora": naive_raflora,
+    "rbla": naive_rbla,
     "rolora": naive_svd,
     "svd": naive_svd,
     "zero_pad": naive_zero_pad,
@@ -168,8 +243,10 @@ NAIVE: Mapping[str, Callable[[State, Sequence[Update], str], NDArray[np.float64]
 """What each method computes, written as its formula on dense matrices, before any truncation."""
 
 
-JUDGED = sorted(name for name in aggregators.METHODS if not aggregators.build(name).private)
-"""Methods whose updates have products, so that a rule can judge them."""
+JUDGED = sorted(
+    name for name in aggregators.METHODS if not aggregators.build(name).private and aggregators.build(name).weighs
+)
+"""Methods whose updates have products and count by their weights, so that a rule can judge them."""
 STEPPED = sorted(name for name in aggregators.METHODS if not aggregators.build(name).apart)
 """Methods whose factors travel together, so that a server optimiser may make others of them."""
 UNEQUAL = sorted(name for name in aggregators.METHODS if not aggregators.build(name).equal_ranks)
