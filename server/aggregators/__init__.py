@@ -63,7 +63,7 @@ METHODS: Mapping[str, Row] = {
     ),
     "rbla": Row(
         rbla, "RBLA", "mean of factors, each direction over those who have it", f"{COVARIANCE}, direction by direction",
-        "Tavallaie et al., arXiv 2408.08699", secure=True,
+        "Chen et al., arXiv 2408.08699", secure=True,
     ),
     "rolora": Row(
         rolora, "RoLoRA", "mean of `b` in odd rounds, of `a` in even ones", "",

@@ -2,7 +2,7 @@
 
     a+_i = sum_{k: r_k > i} p_k a_ki / sum_{k: r_k > i} p_k,   b+_i likewise
 
-Source: Tavallaie et al., "RBLA: Rank-Based-LoRA-Aggregation for Fine-Tuning Heterogeneous Models in FLaaS", arXiv
+Source: Chen et al., "RBLA: Rank-Based-LoRA-Aggregation for Fine-Tuning Heterogeneous Models in FLaaS", arXiv
 2408.08699.
 
 Differs from the paper: weights are counts of examples; a direction that no device of the round has keeps its value.

@@ -4,7 +4,7 @@
 
 In every round one factor is common to all devices, so each merge is the exact mean of products.
 
-Source: Chen et al., "Robust Federated Finetuning of LLMs via Alternating Minimization of LoRA", NeurIPS 2025, arXiv
+Source: Chen et al., "Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA", NeurIPS 2025, arXiv
 2502.01755.
 
 Differs from the paper: nothing. Half of FedIT's bytes, both ways: of a version, the factor that the round before left
