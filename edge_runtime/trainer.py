@@ -69,6 +69,9 @@ class AdapterSpec(Model):
     bits_down: Annotated[Finite, Field(gt=0, description="of a number of the global adapter, before zstd")] = 8.0
     slice: Annotated[str, Field(description="which held directions are trained; see lora.slices")] = "top"
     allocation: Annotated[str, Field(description="how many of which layer; see lora.allocation")] = "uniform"
+    beside: Annotated[
+        int, Field(ge=0, description="first directions of the global adapter that every device holds, beside its rank")
+    ] = 0
     equal_ranks: Annotated[bool, Field(description="whether every device trains exactly max_rank")] = False
 
 

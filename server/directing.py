@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Literal
 
 from edge_runtime.config import Config
-from edge_runtime.trainer import AdapterSpec, Training
-from edge_runtime.wire import update
+from edge_runtime.trainer import Training
 from edge_runtime.wire.messages import Band, Directive
 from server.aggregators.method import Aggregator
+from server.fitting import spec_of
 from server.rounds import State
 
 ASKS: Mapping[str, Literal["gather", "train", "finish"]] = {
@@ -49,14 +49,7 @@ def directive_of(config: Config, state: State, cut: tuple[Band, ...], *, rank: i
         version=state.version,
         num_rounds=config.rounds.num_rounds,
         base=state.base,
-        adapter=AdapterSpec(
-            **config.adapter.model_dump(),
-            max_held=rank,
-            hold_more=method.hold_more,
-            equal_ranks=method.equal_ranks,
-            bits_up=update.bits_up(config.wire.codec_up),
-            bits_down=update.bits_down(config.wire.codec_down),
-        ),
+        adapter=spec_of(config, method, rank),
         training=Training(max_steps=steps, **training),
         bands=cut,
         participants=None if everybody else state.asked,

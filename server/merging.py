@@ -17,6 +17,7 @@ from edge_runtime.lora.factors import only
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import Hello, Offer, ungroup
 from server import rounds
+from server.aggregators.beside import published
 from server.aggregators.method import Aggregator, Merged, Update, in_memory, load_state, save_state
 from server.downlink import Downlink
 from server.fitting import check, factors_of, unfit
@@ -75,7 +76,7 @@ class Merging:
     def unbearable(self, hello: Hello) -> str:
         """Why this server could not bear a device's layers, or its method could not merge its slices, or ''."""
         most = max(DECODED * self._config.wire.max_upload_bytes, HARMLESS)
-        return unbearable(hello, self._rank, most) or unfit(hello, self._method, self._rank)
+        return unbearable(hello, self._rank + self._method.beside, most) or unfit(hello, self._method, self._rank)
 
     def update(self, offer: Offer, payload: bytes) -> Update:
         """What an upload says.
@@ -121,7 +122,7 @@ class Merging:
             raise AggregationError(f"version {state.version} is not in the store; restore the store from a backup")
         shapes = ungroup(next(iter(state.members.values())).hello.groups).shapes
         fresh = self._method.init(shapes, self._rank, self._config.training.seed)
-        version, payloads = self._downlink.cut(0, save_state(fresh), fresh.adapter, factors_of(self._method))
+        version, payloads = self._downlink.cut(0, save_state(fresh), published(fresh), factors_of(self._method))
         self._store.save_version(version, payloads)
         return version
 
@@ -139,7 +140,7 @@ class Merging:
         if isinstance(merged, AggregationError):
             return merged
         version, payloads = self._downlink.cut(
-            state.version + 1, save_state(merged.state), merged.state.adapter, factors_of(self._method)
+            state.version + 1, save_state(merged.state), published(merged.state), factors_of(self._method)
         )
         sizes = [len(payload) for payload in payloads]
         facts = {"seconds": self._clock() - started, "band_bytes": sizes}

@@ -12,6 +12,7 @@ from edge_runtime.errors import ExportError
 from edge_runtime.lora.adapter import Adapter
 from edge_runtime.lora.files import read_peft_folder
 from export import get
+from server.aggregators.beside import published
 from server.aggregators.method import load_state
 from server.store import Store
 
@@ -59,7 +60,7 @@ def _of_server(folder: Path, version: int | None) -> tuple[Adapter, str]:
         stored = store.version(number) if number is not None else None
         if stored is None:
             raise ExportError(f"{folder} has versions {versions}; found no version {version}; choose one of them")
-        return load_state(stored.state).adapter, f"version {stored.version} of the global adapter"
+        return published(load_state(stored.state)), f"version {stored.version} of the global adapter"
     finally:
         store.close()
 

@@ -68,6 +68,7 @@ def choose(
         batch_size=training.batch_size,
         steps=training.max_steps,
         hold_more=spec.hold_more,
+        beside=spec.beside,
         bits_up=spec.bits_up,
         bits_down=spec.bits_down,
         # What was received of the trained slice is held in any case, but not on a card.
@@ -96,10 +97,10 @@ def slot_of(chosen: Plan, card: ModelCard, spec: AdapterSpec) -> Slot:
     """The plan's slot within the fleet's terms: no rank beyond a layer's size, nothing held that must not be."""
     layers = {}
     for name, layer in chosen.layers(card, spec.target_modules).items():
-        widest = min(layer.d_out, layer.d_in, spec.max_held)
+        beside, widest = min(spec.beside, layer.d_out, layer.d_in), min(layer.d_out, layer.d_in, spec.max_held)
         trained = min(layer.trained, widest)
         held = layer.held if spec.hold_more else (layer.trained or chosen.rank)
-        layers[name] = LayerSlot(layer.d_out, layer.d_in, max(trained, min(held, widest)), trained)
+        layers[name] = LayerSlot(layer.d_out, layer.d_in, beside + max(trained, min(held, widest)), trained)
     return Slot(layers)
 
 

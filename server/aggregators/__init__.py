@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from edge_runtime.errors import ConfigError, unknown_name
+from server.aggregators.fedex_lora import fedex_lora
 from server.aggregators.fedit import fedit
 from server.aggregators.fedsa_lora import fedsa_lora
 from server.aggregators.ffa_lora import ffa_lora
+from server.aggregators.flora import flora
+from server.aggregators.florist import florist
 from server.aggregators.glora import glora
 from server.aggregators.hetlora import hetlora
 from server.aggregators.increment import increment
@@ -28,7 +31,13 @@ from server.aggregators.zero_pad import zero_pad
 
 COVARIANCE = "lacks the weighted covariance of the factors"
 
+BESIDE = "a frozen adapter, which devices hold too"
+
 METHODS: Mapping[str, Row] = {
+    "fedex_lora": Row(
+        fedex_lora, "FedEx-LoRA", "mean of both factors; what that lacks goes into a frozen adapter", "",
+        "Singhal et al., ACL 2025, arXiv 2410.09432", BESIDE,
+    ),
     "fedit": Row(
         fedit, "FedIT", "mean of both factors", COVARIANCE, "Zhang et al., arXiv 2305.05644", secure=True,
     ),
@@ -39,6 +48,14 @@ METHODS: Mapping[str, Row] = {
     "ffa_lora": Row(
         ffa_lora, "FFA-LoRA", "mean of `b` over one fixed `a`", "", "Sun et al., ICLR 2024, arXiv 2403.12313",
         secure=True,
+    ),
+    "flora": Row(
+        flora, "FLoRA", "sum of what devices learnt, into a frozen adapter; every round begins anew", "",
+        "Wang et al., NeurIPS 2024, arXiv 2409.05976", BESIDE,
+    ),
+    "florist": Row(
+        florist, "FLoRIST", "as FLoRA, the leading directions of each round's sum", "drops the least of each change",
+        "Ramesh and Dass, MLSys 2026, arXiv 2506.09199", BESIDE,
     ),
     "glora": Row(
         glora, "GLoRA", "mean of products within a consensus subspace", "lacks what lies outside the consensus",
@@ -132,6 +149,8 @@ def _apart(method: Aggregator, robust: str | None, optimizer: str | None) -> str
         return f"sees no products of updates, which robust = '{robust}' judges; leave that out, or take fedit"
     if not method.weighs and robust is not None:
         return f"weighs by norms, over which robust = '{robust}' has no say; leave that out, or take zero_pad"
+    if method.beside and optimizer is not None:
+        return f"has a frozen adapter, of which optimizer = '{optimizer}' knows nothing; take increment with it"
     if method.apart and optimizer is not None:
         return f"needs a factor that stays as it is, and optimizer = '{optimizer}' factorises anew; take fedit with it"
     return ""

@@ -159,6 +159,8 @@ class Aggregator(NamedTuple):
         equal_ranks: whether every device must train all of the global adapter's rank.
         of_factors: whether the merge depends on the factors of a product, and not on the product alone.
         weighs: whether an update counts by its weight.
+        beside: directions of the frozen adapter that devices hold beside the base; see `beside`.
+        slice: the policy by which devices choose what they train; empty where the fleet's file decides.
         training: what its rounds ask of local training beside that, by fields of `edge_runtime.trainer.Training`.
     """
 
@@ -174,6 +176,8 @@ class Aggregator(NamedTuple):
     equal_ranks: bool = False
     of_factors: bool = False
     weighs: bool = True
+    beside: int = 0
+    slice: str = ""
     training: Mapping[str, float] = MappingProxyType({})
 
     @property

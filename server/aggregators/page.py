@@ -37,7 +37,7 @@ TAIL = """
 - **Up** and **down**: numbers that a device sends and fetches in a round, relative to FedIT, once the first version is
   there: counted on the attention projections of Llama-3.2-1B, every device training rank 16, at equal codecs. Where
   devices may hold more than they train, *down* is that of one that holds all; one that holds no more than it trains
-  fetches that much and no more.
+  fetches that much and no more. A frozen adapter has 32 directions unless `beside` says otherwise, and comes whole.
 - **Exact**: the merge is the weighted mean of products, or of their changes, up to the truncation that is reported.
 - **Unequal ranks**: whether devices may train different ranks; where not, a device of another rank is refused.
 - **Idle**: whether a round in which nobody learns anything changes nothing although ranks are unequal. Where it does,
@@ -60,7 +60,7 @@ def page() -> str:
 
 def traffic(method: Aggregator) -> tuple[float, float]:
     """Numbers that a device sends and fetches in a round of the reference fleet, the mean of a period."""
-    held = method.server_rank(RANK) if method.hold_more else RANK
+    held = (method.server_rank(RANK) if method.hold_more else RANK) + method.beside
     up = [numbers_in(_sizes(RANK), method.asks(number).sent) for number in range(1, PERIOD + 1)]
     down = [numbers_in(_sizes(held), _fetched(method, number)) for number in range(1, PERIOD + 1)]
     return sum(up) / PERIOD, sum(down) / PERIOD

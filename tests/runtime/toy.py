@@ -114,7 +114,9 @@ class ToyTrainer:
         held = max(trained, min(self._held, spec.max_held)) if spec.hold_more else trained
         slot = Slot(
             {
-                name: LayerSlot(d_out, d_in, min(held, d_out, d_in), min(trained, d_out, d_in))
+                name: LayerSlot(
+                    d_out, d_in, min(spec.beside, d_out, d_in) + min(held, d_out, d_in), min(trained, d_out, d_in)
+                )
                 for name, (d_out, d_in) in SHAPES.items()
             }
         )

@@ -26,6 +26,7 @@ from edge_runtime.wire.guard import OPEN, Guard
 from edge_runtime.wire.memory import MemoryBroker, MemoryTransport
 from edge_runtime.wire.transport import Delivery
 from server import rounds
+from server.aggregators.beside import published
 from server.aggregators.method import load_state
 from server.service import Service
 from server.store import Store
@@ -323,6 +324,13 @@ class Fleet:
             if stored is None:
                 raise AssertionError(f"version {number} is not in the store")
             return load_state(stored.state).adapter
+
+    def model(self) -> Adapter:
+        """All that the last version adds to the base."""
+        with self.store() as store:
+            stored = store.version(self.config.rounds.num_rounds)
+            assert stored is not None
+            return published(load_state(stored.state))
 
     def merges(self) -> list[tuple[int, int]]:
         """(round, updates merged into each layer that was trained), as they were recorded."""

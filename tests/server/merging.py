@@ -14,6 +14,7 @@ from edge_runtime.lora.algebra import changed, decompose, take, to_pair
 from edge_runtime.lora.factors import only
 from edge_runtime.wire import codec
 from server import aggregators
+from server.aggregators.beside import BESIDE, published
 from server.aggregators.method import Aggregator, Shapes, State, Update
 
 Dense = dict[str, NDArray[np.float64]]
@@ -109,6 +110,11 @@ def dense(adapter: Adapter, shapes: Shapes = SHAPES) -> Dense:
         else np.zeros(shape)
         for name, shape in shapes.items()
     }
+
+
+def model(state: State) -> Adapter:
+    """All that a state adds to the base."""
+    return published(state)
 
 
 def mean(updates: Sequence[Update], name: str, of: Callable[[Update], NDArray[np.float64]]) -> NDArray[np.float64]:
@@ -226,10 +232,26 @@ def projector(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(kept @ kept.T)
 
 
+def frozen(state: State, name: str) -> NDArray[np.float64]:
+    """The product of the frozen adapter beside the base."""
+    return dense(state.carried.get(BESIDE, Adapter({})), state.adapter.shapes)[name]
+
+
+def naive_florist(state: State, updates: Sequence[Update], name: str) -> NDArray[np.float64]:
+    """The global product, moved by the fewest directions of the mean change that hold 99 % of its energy."""
+    change = mean(updates, name, lambda update: dense(update.trained)[name] - dense(update.received)[name])
+    u, s, vt = np.linalg.svd(change)
+    kept = next((p for p in range(len(s) + 1) if np.sum(s[:p] ** 2) >= 0.99 * np.sum(s**2)), 0)
+    return np.asarray(frozen(state, name) + dense(state.adapter)[name] + (u[:, :kept] * s[:kept]) @ vt[:kept])
+
+
 NAIVE: Mapping[str, Callable[[State, Sequence[Update], str], NDArray[np.float64]]] = {
+    "fedex_lora": lambda state, updates, name: frozen(state, name) + naive_svd(state, updates, name),
     "fedit": naive_mean_of_factors,
     "fedsa_lora": naive_mean_of_factors,
     "ffa_lora": naive_svd,
+    "flora": lambda state, updates, name: frozen(state, name) + naive_increment(state, updates, name),
+    "florist": naive_florist,
     "glora": naive_glora,
     "hetlora": naive_hetlora,
     "increment": naive_increment,
@@ -247,8 +269,10 @@ JUDGED = sorted(
     name for name in aggregators.METHODS if not aggregators.build(name).private and aggregators.build(name).weighs
 )
 """Methods whose updates have products and count by their weights, so that a rule can judge them."""
-STEPPED = sorted(name for name in aggregators.METHODS if not aggregators.build(name).apart)
-"""Methods whose factors travel together, so that a server optimiser may make others of them."""
+STEPPED = sorted(
+    name for name in aggregators.METHODS if not aggregators.build(name).apart and not aggregators.build(name).beside
+)
+"""Methods whose whole model is two factors that travel together, so that a server optimiser may make others of them."""
 UNEQUAL = sorted(name for name in aggregators.METHODS if not aggregators.build(name).equal_ranks)
 """Methods that merge devices of unequal rank."""
 

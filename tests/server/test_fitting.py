@@ -20,6 +20,11 @@ EQUAL = "aggregator.method=fedit"
         ([EQUAL, "aggregator.rank=4"], r"averages factors of one rank, \[adapter\] max_rank = 8; found .* rank = 4"),
         ([EQUAL, "adapter.slice=rotating"], r"train every direction; found \[adapter\] slice = 'rotating'"),
         ([EQUAL, "adapter.allocation=spectrum"], r'let the fleet merge by .* method = "increment"'),
+        (["aggregator.method=flora", "adapter.slice=fresh"], r"says itself what is trained; found .* slice = 'fresh'"),
+        (
+            ["aggregator.method=flora", "aggregator.rank=4"],
+            r"beside a frozen adapter, .*; found .* rank = 4",
+        ),
         (["aggregator.method=rolora", "training.correction=1.0"], r"one factor a round.*training\] proximal"),
     ],
 )

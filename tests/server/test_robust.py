@@ -25,7 +25,7 @@ from server.aggregators.robust.geometry import increments, squared_distances
 from server.aggregators.robust.krum import scores
 from tests.runtime.toy import optimum
 from tests.server.bench import GOAL, Bench, Hand, training
-from tests.server.merging import JUDGED, LAYER, SHAPES, STEPPED, dense, learnt_state, updates_from
+from tests.server.merging import JUDGED, LAYER, SHAPES, STEPPED, dense, learnt_state, model, updates_from
 from tests.strategies import gaussian
 
 every_rule = pytest.mark.parametrize("rule", sorted(ROBUST))
@@ -62,7 +62,7 @@ def poisoned(updates: Sequence[Update], scale: float, count: int = BAD) -> list[
 def moved(name: str, state: State, updates: Sequence[Update], **parameters: object) -> Vector:
     """How far a merge moves the global product, its tail included."""
     after = aggregators.build(name, **parameters).combine(state, updates).state  # type: ignore[arg-type]
-    return products(after.adapter) + products(after.tail) - products(state.adapter)
+    return products(model(after)) + products(after.tail) - products(model(state))
 
 
 def regauged(pair: Pair, by: NDArray[np.float64]) -> Pair:

@@ -11,8 +11,9 @@ import pytest
 from edge_runtime.config import Config
 from edge_runtime.errors import AggregationError, ConfigError, UnknownCodecError
 from edge_runtime.lora.adapter import Adapter
-from edge_runtime.lora.algebra import changed, cut
+from edge_runtime.lora.algebra import changed
 from edge_runtime.lora.factors import only
+from edge_runtime.lora.slices import slice_of
 from edge_runtime.wire import codec, topics
 from edge_runtime.wire.memory import MemoryBroker
 from edge_runtime.wire.messages import (
@@ -41,6 +42,7 @@ def test_a_new_fleet_gathers_and_says_what_kind_of_adapter_it_wants(bench: Bench
         "max_held": 16,
         "hold_more": True,
         "equal_ranks": False,
+        "beside": 0,
         "bits_up": 8.0,
         "bits_down": 8.0,
     }
@@ -138,8 +140,9 @@ def test_the_merge_is_the_methods_with_what_devices_really_received(
         sent, updates = bench.broadcast(), []
         for hand in hands:
             offer, payload = hand.train()
-            change = only(codec.decode(payload), aggregators.build(method).asks(number).sent)
-            received = Adapter({name: cut(sent[name], pair.rank) for name, pair in change.items()})
+            change, numbers = codec.decode_slice(payload)
+            change = only(change, aggregators.build(method).asks(number).sent)
+            received = Adapter({name: slice_of(name, sent[name], numbers[name], number - 1) for name in change})
             trained = Adapter({name: changed(received[name], pair) for name, pair in change.items()})
             updates.append(Update(hand.name, float(offer.examples), received, trained))
             assert hand.deliver(offer, payload)[-1:] == [accepted(offer)]

@@ -23,6 +23,7 @@ from edge_runtime.trainer import Delivered
 from edge_runtime.wire.broker import EmbeddedBroker, Settings, start
 from edge_runtime.wire.mqtt import connect
 from server import aggregators
+from server.aggregators.beside import published
 from server.aggregators.method import load_state
 from server.service import Service
 from server.store import Store
@@ -61,8 +62,8 @@ def devices(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     folder = tmp_path_factory.mktemp("devices")
 
     def made(name: str, alike: bool) -> LocalTrainer:
-        plan = {} if alike else {"rank": RANKS[name]}
-        overrides = Overrides(precision="nf4", micro_batch=1, threads=1, compute_dtype="fp32", **plan)
+        rank = None if alike else RANKS[name]
+        overrides = Overrides(rank=rank, precision="nf4", micro_batch=1, threads=1, compute_dtype="fp32")
         (folder / name).mkdir(exist_ok=True)
         return LocalTrainer(settings_in(folder / name, tiny_base, overrides), say=lambda _: None)
 
@@ -119,7 +120,7 @@ def live(method: str, broker: EmbeddedBroker, devices: Callable[[str, bool], Loc
         for number, name in ((0, "first"), (ROUNDS, "merged")):
             version = store.version(number)
             assert version is not None
-            setattr(life, name, load_state(version.state).adapter)
+            setattr(life, name, published(load_state(version.state)))
         transport.close()
         store.close()
 
@@ -183,6 +184,6 @@ def test_a_fleet_learns_by_every_method_over_a_broker(
     assert all(any(pair.b.any() for pair in own.values()) for own in life.personal.values())
     ranks = {name: max(own.ranks.values()) for name, own in life.personal.items()}
     if built.equal_ranks:
-        assert ranks == {"large": 4, "small": 4}
+        assert ranks == {"large": 4 + built.beside, "small": 4 + built.beside}
     elif not built.hold_more:
-        assert ranks == RANKS
+        assert ranks == {name: rank + built.beside for name, rank in RANKS.items()}
