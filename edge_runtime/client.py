@@ -182,7 +182,7 @@ class Client:
         payloads = [(band, self._disk.band(band.blob.sha256)) for band in self._bands(directive)]
         whole = bands.assembled((band, codec.decode(payload)) for band, payload in payloads if payload is not None)
         mine = Adapter({name: cut(whole[name], rank) for name, rank in held.items() if rank and name in whole})
-        return private.known(mine, directive.private, self._disk)
+        return private.known(mine, directive, self._planned.slot, self._disk)
 
     def _evaluate_base(self) -> None:
         """The base's own held-out loss, once in a fleet's life: the global adapter of version 0 is a zero change."""
@@ -207,13 +207,14 @@ class Client:
             self._trainer.receive(chosen.slices.seen, chosen.slices.rows)
         result = self._trainer.train(directive.training, directive.round, self._step("training"), self._gate)
         owed, slices = feedback.load(self._disk.owed), chosen.slices
-        made = update.make(result.change, slices.before, owed, self._terms(directive), slices.directions)
+        change, numbers = private.shared(result.change, slices.directions, directive.adapter.own)
+        made = update.make(change, slices.before, owed, self._terms(directive), numbers)
         offer = Offer(
             client=self._name, run=directive.run, round=directive.round, version=directive.version,
             blob=blobs.describe(made.payload, self._conversation.chunk_bytes), examples=result.examples,
             loss_first=result.loss_first, loss_last=result.loss_last,
         )  # fmt: skip
-        own = private.after(received, slices, result.change, directive.private)
+        own = private.after(received, slices, result.change, directive)
         facts = slicing.pruned(directive, slices.before, result.change)
         self._disk.put_outbox(offer, made.payload, feedback.dump(made.residual), own, facts)
         moved = f"loss {result.loss_first:.3f} → {result.loss_last:.3f}"

@@ -64,6 +64,8 @@ def choose(
     if left:
         ranks = {layer: min(rank, left.get(layer, rank)) for layer, rank in ranks.items()}
         received = pruning.narrowed(received, ranks)
+    if directive.adapter.own:
+        ranks = {layer: rank + min(directive.adapter.own, *received[layer].shape) for layer, rank in ranks.items()}
     name, version = directive.adapter.slice, directive.version
     if name in slices.SCORED:
         directions = _by_scores(name, directive, ranks, received, disk, scores)

@@ -72,6 +72,9 @@ class AdapterSpec(Model):
     beside: Annotated[
         int, Field(ge=0, description="first directions of the global adapter that every device holds, beside its rank")
     ] = 0
+    own: Annotated[
+        int, Field(ge=0, description="directions that a device trains for itself alone, beside those of the fleet")
+    ] = 0
     equal_ranks: Annotated[bool, Field(description="whether every device trains exactly max_rank")] = False
 
 
@@ -80,7 +83,7 @@ class Introduction:
     """What a trainer knows of itself once it has planned.
 
     Attributes:
-        slot: what it holds and trains.
+        slot: what it holds and trains of the fleet's.
         base: fingerprint of its base model.
         examples: how many it trains on.
         device: the device in a few words.

@@ -60,7 +60,7 @@ def spec_of(config: Config, method: Aggregator, rank: int) -> AdapterSpec:
         own["slice"] = method.slice
     return AdapterSpec(
         **own, max_held=rank + method.beside, hold_more=method.hold_more, equal_ranks=method.equal_ranks,
-        beside=method.beside, bits_up=update.bits_up(config.wire.codec_up),
+        beside=method.beside, own=method.own, bits_up=update.bits_up(config.wire.codec_up),
         bits_down=update.bits_down(config.wire.codec_down),
     )  # fmt: skip
 

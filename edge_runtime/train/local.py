@@ -26,7 +26,7 @@ from edge_runtime.train.footprint import Footprint
 from edge_runtime.train.keeping import Keeping, KeptRounds, RoundName, key_of
 from edge_runtime.train.live import LiveModel
 from edge_runtime.train.optimizer import LEAST_8BIT, Array
-from edge_runtime.train.planning import Owner, choose, in_words, slot_of
+from edge_runtime.train.planning import Owner, choose, in_words, shared, slot_of
 from edge_runtime.train.receiving import Received, fitted, receive, slot_for
 from edge_runtime.train.reporting import SILENT, Reporting, Reports, Subject
 from edge_runtime.train.source import resolve
@@ -232,7 +232,7 @@ class LocalTrainer:
         versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
         profile = self._profile
         return Introduction(
-            slot=ready.slot,
+            slot=shared(ready.slot, ready.spec),
             base=ready.base.prepared.fingerprint,
             examples=len(ready.train),
             device=f"{profile.name}: {profile.cpu_model}, {profile.usable_cores} cores" if profile else platform.node(),

@@ -62,8 +62,8 @@ def choose(
     """
     task = Task(
         target_modules=spec.target_modules,
-        max_rank=min(spec.max_rank, spec.max_held),
-        max_held=spec.max_held,
+        max_rank=min(spec.max_rank, spec.max_held) + spec.own,
+        max_held=spec.max_held + spec.own,
         max_length=spec.max_length,
         batch_size=training.batch_size,
         steps=training.max_steps,
@@ -90,7 +90,7 @@ def _overrides(owner: Owner, spec: AdapterSpec) -> Overrides:
             f"every device of this fleet trains rank {spec.max_rank}; found [device] rank {owner.overrides.rank}; "
             "leave it out, or let the fleet merge by a method for unequal ranks, such as increment"
         )
-    return replace(owner.overrides, rank=spec.max_rank)
+    return replace(owner.overrides, rank=spec.max_rank + spec.own)
 
 
 def slot_of(chosen: Plan, card: ModelCard, spec: AdapterSpec) -> Slot:
@@ -98,9 +98,20 @@ def slot_of(chosen: Plan, card: ModelCard, spec: AdapterSpec) -> Slot:
     layers = {}
     for name, layer in chosen.layers(card, spec.target_modules).items():
         beside, widest = min(spec.beside, layer.d_out, layer.d_in), min(layer.d_out, layer.d_in, spec.max_held)
-        trained = min(layer.trained, widest)
-        held = layer.held if spec.hold_more else (layer.trained or chosen.rank)
-        layers[name] = LayerSlot(layer.d_out, layer.d_in, beside + max(trained, min(held, widest)), trained)
+        own = min(spec.own, layer.d_out, layer.d_in) if layer.trained else 0
+        trained = min(max(layer.trained - spec.own, 0), widest)
+        held = layer.held if spec.hold_more else (layer.trained or chosen.rank) - spec.own
+        held = max(trained, min(held, widest))
+        layers[name] = LayerSlot(layer.d_out, layer.d_in, beside + held + own, trained + own)
+    return Slot(layers)
+
+
+def shared(slot: Slot, spec: AdapterSpec) -> Slot:
+    """What of a slot is the fleet's: all but the directions that the device trains for itself alone."""
+    layers = {}
+    for name, layer in slot.layers.items():
+        own = min(spec.own, layer.d_out, layer.d_in) if layer.trained else 0
+        layers[name] = replace(layer, held=layer.held - own, trained=layer.trained - own)
     return Slot(layers)
 
 

@@ -20,6 +20,7 @@ from server.aggregators.layers import Engine, local
 from server.aggregators.lora_fair import lora_fair
 from server.aggregators.method import Aggregator
 from server.aggregators.optimizers import OPTIMIZERS, optimised
+from server.aggregators.pf2lora import pf2lora
 from server.aggregators.raflora import raflora
 from server.aggregators.rbla import rbla
 from server.aggregators.robust import ROBUST
@@ -73,6 +74,10 @@ METHODS: Mapping[str, Row] = {
     "lora_fair": Row(
         lora_fair, "LoRA-FAIR", "mean of factors, `b` corrected towards the mean of products",
         "lacks what lies outside the rows of the mean `a`", "Bian et al., ICCV 2025, arXiv 2411.14961",
+    ),
+    "pf2lora": Row(
+        pf2lora, "PF2LoRA, first-order", "mean of both factors; devices have own directions besides", COVARIANCE,
+        "Hao et al., arXiv 2503.03920", secure=True,
     ),
     "raflora": Row(
         raflora, "raFLoRA", "truncated SVD of products, each direction averaged over those who have it",

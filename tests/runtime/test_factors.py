@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_runtime.lora.algebra import cut, take
 from edge_runtime.state import DeviceState
 from edge_runtime.wire import topics
 from edge_runtime.wire.messages import Directive, load
@@ -118,3 +119,34 @@ def test_a_device_that_prunes_and_is_killed_ends_where_it_would_have_ended(folde
     disturbed = life(folder / "killed", "hetlora", *PRUNING, kills={"a": [at]})
     assert disturbed.kills
     assert disturbed.merged().digest() == calm.merged().digest()
+
+
+def test_directions_of_a_devices_own_are_learnt_kept_and_never_sent(folder: Path) -> None:
+    """What devices share is FedIT's in size; what they have learnt for themselves differs."""
+    overrides = ("adapter.max_rank=2", "aggregator.own=3", "training.personal_steps=0", "training.max_steps=4")
+    fleet = life(folder, "pf2lora", *overrides)
+    found = {name: trainers[-1].live for name, trainers in fleet.trainers.items()}
+    merged = fleet.merged()
+    for layer in SHAPES:
+        assert merged[layer].rank == 2
+        assert found["a"][layer].rank == 5
+        assert np.array_equal(cut(found["a"][layer], 2).b, cut(found["b"][layer], 2).b), "the first level is shared"
+        mine, theirs = (take(found[name][layer], range(2, 5)).product() for name in "ab")
+        assert np.linalg.norm(mine) > 1e-3
+        assert np.linalg.norm(mine - theirs) > 1e-3
+    plain = life(folder, "fedit", *(text for text in overrides if "own" not in text))
+    assert sent(fleet) <= sent(plain) * 1.02
+    losses = {
+        name: [r["held_out"]["personal"] for r in f.records if r.get("state") == "done"]
+        for name, f in (("own", fleet), ("plain", plain))
+    }
+    assert sum(losses["own"]) < sum(losses["plain"]), "of devices that want different things"
+
+
+@pytest.mark.parametrize("at", [16, 31])
+def test_own_directions_of_a_device_that_was_killed_are_what_they_would_have_been(folder: Path, at: int) -> None:
+    calm = life(folder / "calm", "pf2lora")
+    disturbed = life(folder / "killed", "pf2lora", kills={"a": [at]})
+    assert disturbed.kills
+    assert disturbed.merged().digest() == calm.merged().digest()
+    assert models(disturbed) == models(calm)

@@ -133,7 +133,8 @@ class ToyTrainer:
     def receive(self, adapter: Adapter, rows: Mapping[str, Sequence[int]] | None = None) -> None:
         """Begin from this."""
         self._received = adapter
-        self._rows = dict(rows or {name: range(min(self._rank, pair.rank)) for name, pair in adapter.items()})
+        own = self.specs[-1].own if self.specs else 0
+        self._rows = dict(rows or {name: range(min(self._rank + own, pair.rank)) for name, pair in adapter.items()})
         self._trained = {name: take(adapter[name], found) for name, found in self._rows.items()}
         self.slices.append({name: tuple(found) for name, found in self._rows.items()})
 

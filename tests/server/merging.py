@@ -256,6 +256,7 @@ NAIVE: Mapping[str, Callable[[State, Sequence[Update], str], NDArray[np.float64]
     "hetlora": naive_hetlora,
     "increment": naive_increment,
     "lora_fair": naive_lora_fair,
+    "pf2lora": naive_mean_of_factors,
     "raflora": naive_raflora,
     "rbla": naive_rbla,
     "rolora": naive_svd,

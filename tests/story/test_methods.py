@@ -184,6 +184,6 @@ def test_a_fleet_learns_by_every_method_over_a_broker(
     assert all(any(pair.b.any() for pair in own.values()) for own in life.personal.values())
     ranks = {name: max(own.ranks.values()) for name, own in life.personal.items()}
     if built.equal_ranks:
-        assert ranks == {"large": 4 + built.beside, "small": 4 + built.beside}
+        assert ranks == {"large": 4 + built.beside + built.own, "small": 4 + built.beside + built.own}
     elif not built.hold_more:
-        assert ranks == {name: rank + built.beside for name, rank in RANKS.items()}
+        assert ranks == {name: rank + built.beside + built.own for name, rank in RANKS.items()}

@@ -9,7 +9,7 @@ import pytest
 
 from edge_runtime.config import Device
 from edge_runtime.errors import ConfigError
-from edge_runtime.train.planning import choose, in_words, owner_of, slot_of
+from edge_runtime.train.planning import choose, in_words, owner_of, shared, slot_of
 from edge_runtime.trainer import AdapterSpec, Training
 from profiles.memory import TRAINED_BYTES
 from profiles.terms import Overrides
@@ -93,6 +93,19 @@ def test_a_frozen_adapter_is_held_by_every_layer_and_counted_in_the_plans_memory
     for layer in slot_of(other, smollm2(), beside).layers.values():
         assert layer.held == min(300, layer.d_out, layer.d_in) + 4
         assert layer.trained == 4
+
+
+def test_directions_of_the_devices_own_are_planned_for_and_no_part_of_what_it_says() -> None:
+    """Of layers that it does not train, it has none."""
+    spec = SPEC.model_copy(update={"equal_ranks": True, "hold_more": False, "max_held": 8, "own": 3})
+    found = choose(MEASURED, smollm2(), spec, TRAINING, owner_of(Device(layers_trained=5)), None)
+    slot = slot_of(found, smollm2(), spec)
+    assert found.rank == 11
+    said = shared(slot, spec)
+    for name, layer in slot.layers.items():
+        trained = int(name.split(".")[2]) >= smollm2().num_layers - 5
+        assert (layer.held, layer.trained) == ((11, 11) if trained else (8, 0))
+        assert (said.layers[name].held, said.layers[name].trained) == ((8, 8) if trained else (8, 0))
 
 
 def test_an_owner_may_insist_on_every_choice_of_a_plan() -> None:
