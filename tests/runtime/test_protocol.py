@@ -21,6 +21,7 @@ from edge_runtime.wire import topics
 from edge_runtime.wire.memory import MemoryBroker
 from edge_runtime.wire.messages import Offer, load
 from server import aggregators
+from server.aggregators.beside import published
 from server.aggregators.method import load_state
 from server.service import Service
 from server.store import Store
@@ -66,7 +67,7 @@ def test_a_fleet_of_equal_devices_reaches_the_optimum_by_every_method(folder: Pa
     built = aggregators.build(method)
     rounds = 28 if built.asks(1) != built.asks(2) else 14  # half a step in each
     fleet = learn(folder, method, alike(8, 8, 8), rounds)
-    merged, private = fleet.model(), built.private
+    merged, private = published(fleet.stored()), built.private
     models = [found[0].live for found in fleet.trainers.values()] if private else [merged]
     assert all(distance(model, GOAL) < reachable(method, merged) + 0.03 for model in models)
     assert not private or distance(merged, GOAL) > 0.9, "the server has no model"
@@ -75,7 +76,7 @@ def test_a_fleet_of_equal_devices_reaches_the_optimum_by_every_method(folder: Pa
 
 def test_a_fleet_of_unequal_devices_reaches_the_optimum_by_increments_only(folder: Path) -> None:
     """The published methods stop where averaging takes away as much as training adds."""
-    far = {method: distance(learn(folder, method, alike(2, 4, 8)).model(), GOAL) for method in UNEQUAL}
+    far = {method: distance(published(learn(folder, method, alike(2, 4, 8)).stored()), GOAL) for method in UNEQUAL}
     assert far["increment"] < 0.03
     assert far["svd"] > 3 * far["increment"]
     assert far["zero_pad"] > 3 * far["increment"]

@@ -26,8 +26,7 @@ from edge_runtime.wire.guard import OPEN, Guard
 from edge_runtime.wire.memory import MemoryBroker, MemoryTransport
 from edge_runtime.wire.transport import Delivery
 from server import rounds
-from server.aggregators.beside import published
-from server.aggregators.method import load_state
+from server.aggregators.method import State, load_state
 from server.service import Service
 from server.store import Store
 from tests.runtime.toy import ToyTrainer
@@ -318,19 +317,16 @@ class Fleet:
 
     def merged(self, version: int | None = None) -> Adapter:
         """The global adapter of a version, or the last."""
-        with self.store() as store:
-            number = self.config.rounds.num_rounds if version is None else version
-            stored = store.version(number)
-            if stored is None:
-                raise AssertionError(f"version {number} is not in the store")
-            return load_state(stored.state).adapter
+        return self.stored(version).adapter
 
-    def model(self) -> Adapter:
-        """All that the last version adds to the base."""
+    def stored(self, version: int | None = None) -> State:
+        """The method's state of a version, or the last."""
+        number = self.config.rounds.num_rounds if version is None else version
         with self.store() as store:
-            stored = store.version(self.config.rounds.num_rounds)
-            assert stored is not None
-            return published(load_state(stored.state))
+            stored = store.version(number)
+        if stored is None:
+            raise AssertionError(f"version {number} is not in the store")
+        return load_state(stored.state)
 
     def merges(self) -> list[tuple[int, int]]:
         """(round, updates merged into each layer that was trained), as they were recorded."""
