@@ -75,6 +75,9 @@ class AdapterSpec(Model):
     own: Annotated[
         int, Field(ge=0, description="directions that a device trains for itself alone, beside those of the fleet")
     ] = 0
+    core: Annotated[
+        int, Field(ge=0, description="rows and columns of the core that is trained in the place of each target")
+    ] = 0
     equal_ranks: Annotated[bool, Field(description="whether every device trains exactly max_rank")] = False
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from edge_runtime.config import Config
 from edge_runtime.errors import ConfigError
 from edge_runtime.lora.factors import Factors
@@ -19,31 +21,34 @@ def check(config: Config, method: Aggregator) -> None:
     Raises:
         ConfigError: it does; says what would work.
     """
-    own, rank = config.aggregator, config.adapter.max_rank
-    if method.equal_ranks and own.rank not in {None, rank}:
-        raise ConfigError(
-            f"[aggregator] method '{own.method}' averages factors of one rank, [adapter] max_rank = {rank}; found "
-            f"[aggregator] rank = {own.rank}; leave that out, or {UNEQUAL}"
+    for problem in _problems(config, method):
+        raise ConfigError(f"[aggregator] method '{config.aggregator.method}' {problem}")
+
+
+def _problems(config: Config, method: Aggregator) -> Iterator[str]:
+    rank, own, adapter = config.aggregator.rank, config.adapter.max_rank, config.adapter
+    if method.equal_ranks and rank not in {None, own}:
+        yield (
+            f"averages factors of one rank, [adapter] max_rank = {own}; found [aggregator] rank = {rank}; leave that "
+            f"out, or {UNEQUAL}"
         )
-    if method.equal_ranks and (config.adapter.slice, config.adapter.allocation) != ("top", "uniform"):
-        raise ConfigError(
-            f"[aggregator] method '{own.method}' has every device train every direction; found [adapter] slice = "
-            f"'{config.adapter.slice}' and allocation = '{config.adapter.allocation}'; leave both out, or {UNEQUAL}"
+    if method.beside and rank is not None and rank < own:
+        yield (
+            f"trains directions beside a frozen adapter, up to [adapter] max_rank = {own}; found [aggregator] rank = "
+            f"{rank}; leave that out"
         )
-    if method.beside and own.rank is not None and own.rank < rank:
-        raise ConfigError(
-            f"[aggregator] method '{own.method}' trains directions beside a frozen adapter, up to [adapter] max_rank = "
-            f"{rank}; found [aggregator] rank = {own.rank}; leave that out"
-        )
-    if method.slice and config.adapter.slice != "top":
-        raise ConfigError(
-            f"[aggregator] method '{own.method}' says itself what is trained; found [adapter] slice = "
-            f"'{config.adapter.slice}'; leave that out"
-        )
+    found = f"found [adapter] slice = '{adapter.slice}' and allocation = '{adapter.allocation}'; leave both out"
+    if (adapter.slice, adapter.allocation) != ("top", "uniform"):
+        if method.equal_ranks:
+            yield f"has every device train every direction; {found}, or {UNEQUAL}"
+        if method.slice:
+            yield f"says itself what is trained; {found}"
+        if method.training:
+            yield f"has devices prune their last directions; {found}"
     if config.training.correction and any(method.asks(number).trained != "ab" for number in (1, 2)):
-        raise ConfigError(
-            f"[aggregator] method '{own.method}' trains one factor a round, and [training] correction needs what two "
-            "of them changed; leave it out, or take [training] proximal"
+        yield (
+            "trains one factor a round, and [training] correction needs what two of them changed; leave it out, or "
+            "take [training] proximal"
         )
 
 
@@ -55,12 +60,12 @@ def spec_of(config: Config, method: Aggregator, rank: int) -> AdapterSpec:
         method: that it names.
         rank: of the global adapter.
     """
-    own = config.adapter.model_dump()
+    own, core = config.adapter.model_dump(), rank if method.core else 0
     if method.slice:
         own["slice"] = method.slice
     return AdapterSpec(
         **own, max_held=rank + method.beside, hold_more=method.hold_more, equal_ranks=method.equal_ranks,
-        beside=method.beside, own=method.own, bits_up=update.bits_up(config.wire.codec_up),
+        beside=method.beside, own=method.own, core=core, bits_up=update.bits_up(config.wire.codec_up),
         bits_down=update.bits_down(config.wire.codec_down),
     )  # fmt: skip
 

@@ -38,13 +38,13 @@ class Limits:
 def moved(received: Adapter, trained: Adapter) -> float:
     """How far an update moves the model; both adapters have the same layers and ranks.
 
-    Where `b` is zero before and after, because devices keep it for themselves, it is how far `a` moves.
+    Where a slice has no `b`, before and after, because devices keep it for themselves, it is how far `a` moves.
     """
     return sqrt(sum(_moved(pair, trained[name]) ** 2 for name, pair in received.items()))
 
 
 def _moved(before: Pair, after: Pair) -> float:
-    if before.b.any() or after.b.any():
+    if before.b.any() or after.b.any() or not before.a.any():
         return distance(after, before)
     return float(np.linalg.norm(after.a.astype(np.float64) - before.a))
 

@@ -60,7 +60,13 @@ def _of_server(folder: Path, version: int | None) -> tuple[Adapter, str]:
         stored = store.version(number) if number is not None else None
         if stored is None:
             raise ExportError(f"{folder} has versions {versions}; found no version {version}; choose one of them")
-        return published(load_state(stored.state)), f"version {stored.version} of the global adapter"
+        found = published(load_state(stored.state))
+        if any(name.endswith(".core") for name in found):
+            raise ExportError(
+                "this fleet trains cores between bases that only devices have; export a device's personal adapter: "
+                "--state-dir"
+            )
+        return found, f"version {stored.version} of the global adapter"
     finally:
         store.close()
 

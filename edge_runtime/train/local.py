@@ -16,7 +16,7 @@ from edge_runtime.errors import DataError, DeviceMemoryError
 from edge_runtime.lora.adapter import Adapter, Matrix, Slot
 from edge_runtime.lora.algebra import change
 from edge_runtime.lora.slices import Scores
-from edge_runtime.train import data, drift, heap, loop, prepared, resume
+from edge_runtime.train import cores, data, drift, heap, loop, prepared, resume
 from edge_runtime.train.alignment import scores
 from edge_runtime.train.base import LoadedBase, load, prepare
 from edge_runtime.train.bounds import bound_primitive_cache
@@ -199,7 +199,7 @@ class LocalTrainer:
         device = "cuda" if profile.kind == "cuda" else "cpu"
         base = load(found, compute_dtype=chosen.compute_dtype, product_dtype=chosen.product_dtype, device=device)
         tokens, tokens_held_out = self._tokens(base, chosen.max_length)
-        live = get(spec.family).attach(base.model, slot, scaling=spec.scaling)
+        live = get(spec.family).attach(cores.inserted(base.model, slot), slot, scaling=spec.scaling)
         digest = data.digest_of(tokens.examples)
         return Ready(chosen, card, spec, ceiling, slot, base, live, tokens.examples, tokens_held_out.examples, digest)
 
@@ -397,4 +397,4 @@ class LocalTrainer:
 
     def personal(self) -> Adapter:
         """All that the live model holds now, the trained slice included: this device's own adapter."""
-        return get(self.ready.spec.family).read_all(self.ready.live)
+        return cores.expanded(get(self.ready.spec.family).read_all(self.ready.live), self.ready.live.model)

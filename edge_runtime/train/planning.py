@@ -96,13 +96,18 @@ def _overrides(owner: Owner, spec: AdapterSpec) -> Overrides:
 def slot_of(chosen: Plan, card: ModelCard, spec: AdapterSpec) -> Slot:
     """The plan's slot within the fleet's terms: no rank beyond a layer's size, nothing held that must not be."""
     layers = {}
-    for name, layer in chosen.layers(card, spec.target_modules).items():
-        beside, widest = min(spec.beside, layer.d_out, layer.d_in), min(layer.d_out, layer.d_in, spec.max_held)
-        own = min(spec.own, layer.d_out, layer.d_in) if layer.trained else 0
+    for path, layer in chosen.layers(card, spec.target_modules).items():
+        name, d_out, d_in = path, layer.d_out, layer.d_in
+        if spec.core:
+            # A core is a layer of its own, and square; the plan knows the one beside which it stands.
+            size = min(spec.core, d_out, d_in)
+            name, d_out, d_in = f"{path}.core", size, size
+        beside, widest = min(spec.beside, d_out, d_in), min(d_out, d_in, spec.max_held)
+        own = min(spec.own, d_out, d_in) if layer.trained else 0
         trained = min(max(layer.trained - spec.own, 0), widest)
         held = layer.held if spec.hold_more else (layer.trained or chosen.rank) - spec.own
         held = max(trained, min(held, widest))
-        layers[name] = LayerSlot(layer.d_out, layer.d_in, beside + held + own, trained + own)
+        layers[name] = LayerSlot(d_out, d_in, beside + held + own, trained + own)
     return Slot(layers)
 
 

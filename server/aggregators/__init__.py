@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from edge_runtime.errors import ConfigError, unknown_name
+from server.aggregators.fed_sb import fed_sb
 from server.aggregators.fedex_lora import fedex_lora
 from server.aggregators.fedit import fedit
 from server.aggregators.fedsa_lora import fedsa_lora
@@ -35,6 +36,10 @@ COVARIANCE = "lacks the weighted covariance of the factors"
 BESIDE = "a frozen adapter, which devices hold too"
 
 METHODS: Mapping[str, Row] = {
+    "fed_sb": Row(
+        fed_sb, "Fed-SB, LoRA-XS cores", "mean of r x r cores between drawn bases", "",
+        "Singhal et al., arXiv 2502.15436; Bałazy et al., arXiv 2405.17604", secure=True,
+    ),
     "fedex_lora": Row(
         fedex_lora, "FedEx-LoRA", "mean of both factors; what that lacks goes into a frozen adapter", "",
         "Singhal et al., ACL 2025, arXiv 2410.09432", BESIDE,

@@ -160,6 +160,7 @@ class Aggregator(NamedTuple):
         of_factors: whether the merge depends on the factors of a product, and not on the product alone.
         weighs: whether an update counts by its weight.
         beside: directions of the frozen adapter that devices hold beside the base; see `beside`.
+        core: whether what is trained is an r x r core between two bases that devices draw, r the fleet's largest rank.
         own: directions that a device trains for itself alone, beside those of the fleet.
         slice: the policy by which devices choose what they train; empty where the fleet's file decides.
         training: what its rounds ask of local training beside that, by fields of `edge_runtime.trainer.Training`.
@@ -178,6 +179,7 @@ class Aggregator(NamedTuple):
     of_factors: bool = False
     weighs: bool = True
     beside: int = 0
+    core: bool = False
     own: int = 0
     slice: str = ""
     training: Mapping[str, float] = MappingProxyType({})

@@ -61,8 +61,8 @@ def page() -> str:
 def traffic(method: Aggregator) -> tuple[float, float]:
     """Numbers that a device sends and fetches in a round of the reference fleet, the mean of a period."""
     held = (method.server_rank(RANK) if method.hold_more else RANK) + method.beside
-    up = [numbers_in(_sizes(RANK), method.asks(number).sent) for number in range(1, PERIOD + 1)]
-    down = [numbers_in(_sizes(held), _fetched(method, number)) for number in range(1, PERIOD + 1)]
+    up = [numbers_in(_sizes(method, RANK), method.asks(number).sent) for number in range(1, PERIOD + 1)]
+    down = [numbers_in(_sizes(method, held), _fetched(method, number)) for number in range(1, PERIOD + 1)]
     return sum(up) / PERIOD, sum(down) / PERIOD
 
 
@@ -71,8 +71,9 @@ def _fetched(method: Aggregator, number: int) -> Factors:
     return method.asks(number).sent if method.apart else "ab"
 
 
-def _sizes(rank: int) -> Mapping[str, tuple[int, int, int]]:
-    return {name: (*shape, min(rank, *shape)) for name, shape in REFERENCE.items()}
+def _sizes(method: Aggregator, rank: int) -> Mapping[str, tuple[int, int, int]]:
+    shapes = dict.fromkeys(REFERENCE, (RANK, RANK)) if method.core else REFERENCE
+    return {name: (*shape, min(rank, *shape)) for name, shape in shapes.items()}
 
 
 def _cells(name: str, row: Row) -> list[str]:
@@ -85,8 +86,8 @@ def _cells(name: str, row: Row) -> list[str]:
         row.merges,
         _in_turns([_factors(each.trained) for each in asks]),
         _in_turns([_factors(each.sent) for each in asks]),
-        f"{up:.2f}",
-        f"{down:.2f}",
+        f"{up:.2g}" if up < 0.1 else f"{up:.2f}",
+        f"{down:.2g}" if down < 0.1 else f"{down:.2f}",
         "yes" if method.exact else f"no: {row.bias}",
         _yes(said=not method.equal_ranks),
         "n/a" if method.equal_ranks else _yes(said=row.idle),

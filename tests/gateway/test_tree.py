@@ -13,6 +13,7 @@ from edge_runtime.errors import AggregationError, ConfigError
 from edge_runtime.lora.adapter import Adapter
 from edge_runtime.lora.algebra import distance, norm
 from edge_runtime.trainer import LocalResult
+from server.aggregators.beside import published
 from tests.gateway.tree import Sites, Tree
 from tests.runtime.fleets import Devices
 from tests.runtime.toy import SHAPES, ToyTrainer, targets
@@ -60,6 +61,21 @@ def test_a_tree_learns_what_the_flat_fleet_learns(folder: Path, wanted: Adapter)
         "north": {"a": 1, "b": 1},
         "south": {"c": 1, "d": 1, "e": 1},
     }
+
+
+@pytest.mark.parametrize("method", ["flora"])
+def test_any_method_that_takes_increments_serves_a_tree(folder: Path, method: str) -> None:
+    """Devices behind a gateway hold the root's frozen adapter, and train what the root says."""
+    overrides = (*EXACT, f"aggregator.method={method}")
+    tree = Tree(folder, overrides, SITES, below=("aggregator.method=increment",)).run()
+    wanted = published(flat(folder, f"aggregator.method={method}").stored())
+    assert apart(published(tree.root.stored()), wanted) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["flora", "svd"])
+def test_a_site_whose_method_does_not_sum_increments_is_refused(folder: Path, method: str) -> None:
+    with pytest.raises(ConfigError, match=f'a gateway sums increments, and .* "{method}" does something else; take'):
+        Tree(folder, EXACT, SITES, below=(f"aggregator.method={method}",)).run()
 
 
 def test_gateways_and_devices_may_share_a_root(folder: Path, wanted: Adapter) -> None:

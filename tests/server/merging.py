@@ -246,6 +246,7 @@ def naive_florist(state: State, updates: Sequence[Update], name: str) -> NDArray
 
 
 NAIVE: Mapping[str, Callable[[State, Sequence[Update], str], NDArray[np.float64]]] = {
+    "fed_sb": naive_increment,
     "fedex_lora": lambda state, updates, name: frozen(state, name) + naive_svd(state, updates, name),
     "fedit": naive_mean_of_factors,
     "fedsa_lora": naive_mean_of_factors,

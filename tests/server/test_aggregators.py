@@ -330,7 +330,7 @@ def test_a_weight_is_a_positive_number(name: str, weight: float) -> None:
 def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"unknown aggregation method 'fedavg'; expected one of: fedex_lora, .*, zero_pad",
+        match=r"unknown aggregation method 'fedavg'; expected one of: fed_sb, .*, zero_pad",
     ):
         aggregators.build("fedavg")
 

@@ -25,6 +25,10 @@ EQUAL = "aggregator.method=fedit"
             ["aggregator.method=flora", "aggregator.rank=4"],
             r"beside a frozen adapter, .*; found .* rank = 4",
         ),
+        (
+            ["aggregator.method=hetlora", "adapter.slice=personal"],
+            r"prune their last directions; found .*; leave both out",
+        ),
         (["aggregator.method=rolora", "training.correction=1.0"], r"one factor a round.*training\] proximal"),
     ],
 )

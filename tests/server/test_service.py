@@ -44,6 +44,7 @@ def test_a_new_fleet_gathers_and_says_what_kind_of_adapter_it_wants(bench: Bench
         "equal_ranks": False,
         "beside": 0,
         "own": 0,
+        "core": 0,
         "bits_up": 8.0,
         "bits_down": 8.0,
     }
