@@ -30,6 +30,7 @@ from edge_runtime.wire.messages import (
     Presence,
     Rejected,
     Report,
+    Sample,
     Welcome,
     dump,
     group,
@@ -82,7 +83,7 @@ def sound_messages() -> list[Message]:
     directives = [
         first,
         first.model_copy(update={"phase": "train", "round": 1}),
-        first.model_copy(update={"phase": "train", "round": 2, "version": 1, "participants": ("a", "b")}),
+        first.model_copy(update={"phase": "train", "round": 2, "version": 1, "sample": Sample(seed=1, below=1 << 47)}),
         first.model_copy(update={"phase": "finish", "round": 3, "version": 3}),
     ]
     return [

@@ -34,19 +34,26 @@ TAKING_PART = 5
 
 @dataclass(frozen=True)
 class Way:
-    """What a fleet asks of its devices; fields as in the configuration."""
+    """What a fleet asks of its devices; fields as in the configuration, and which layers it adapts."""
 
     slice: str = "top"
     allocation: str = "uniform"
     proximal: float = 0.0
     correction: float = 0.0
+    every_linear: bool = False
 
     @property
     def name(self) -> str:
         """For the table: what is not the default."""
         terms = [f"{name} {getattr(self, name):g}" for name in ("proximal", "correction") if getattr(self, name)]
         shared = [self.allocation] if self.allocation != allocation.UNIFORM else []
-        return ", ".join([self.slice, *shared, *terms])
+        layers = ["every linear layer"] if self.every_linear else []
+        return ", ".join([self.slice, *shared, *terms, *layers])
+
+    @property
+    def plain(self) -> Way:
+        """The defaults in the same layers: what this way is held against."""
+        return Way(every_linear=self.every_linear)
 
 
 @dataclass
@@ -102,10 +109,11 @@ class Life:
             beside = self._beside(device, chosen.seen, number)
             terms: list[Term] = [proximal(chosen.before, self.way.proximal, scaling)] if self.way.proximal else []
             terms += [push(drift.pushes(beside), self.way.correction, scaling)] if beside else []
-            moved, norms = wire_fleet.train(found, device.texts, self.steps, self.seed * 1000 + number, terms)
+            order, rate = self.seed * 1000 + number, self.fleet.learning_rate
+            moved, norms = wire_fleet.train(found, device.texts, self.steps, order, rate, terms)
             if self.way.correction:
                 known = drift.record(live.read_all(found.live), chosen.before, chosen.rows)
-                device.last = number, _state(live.trainable_parameters(found.live), norms, {**beside, **known})
+                device.last = number, _state(live.trainable_parameters(found.live), rate, norms, {**beside, **known})
         trained = Adapter({layer: changed(chosen.before[layer], pair) for layer, pair in moved.items()})
         return Update(name, float(min(len(device.texts), self.steps * BATCH)), chosen.before, trained)
 
@@ -137,12 +145,9 @@ class Life:
 
 
 def _state(
-    parameters: Mapping[str, torch.nn.Parameter], norms: Sequence[float], beside: Mapping[str, np.ndarray]
+    parameters: Mapping[str, torch.nn.Parameter], rate: float, norms: Sequence[float], beside: Mapping[str, np.ndarray]
 ) -> RoundState:
     """The end of a round, as far as the next one's correction reads it."""
-    reports = tuple(
-        StepReport(step, len(norms), 0.0, 1, wire_fleet.LEARNING_RATE, norm, norm)
-        for step, norm in enumerate(norms, start=1)
-    )
+    reports = tuple(StepReport(step, len(norms), 0.0, 1, rate, norm, norm) for step, norm in enumerate(norms, start=1))
     values = {name: parameter.detach().numpy().copy() for name, parameter in parameters.items()}
     return RoundState(reports, values, {}, len(norms), beside=beside)

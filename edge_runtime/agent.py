@@ -31,6 +31,7 @@ class State:
         outbox: the update that is not accepted yet; durable.
         settled: the last round whose update was accepted or given up; durable.
         busy: the work that the shell is doing now.
+        work: the directive that it fetches for.
         left: its fleet life is over.
         instance: tells this process from another device of the same name.
     """
@@ -43,6 +44,7 @@ class State:
     outbox: Offer | None = None
     settled: int = 0
     busy: Literal["", "planning", "fetching", "training", "finishing"] = ""
+    work: Directive | None = None
     left: bool = False
     instance: str = ""
 
@@ -132,7 +134,7 @@ class MakePlan:
 class Fetch:
     """Get the bands of the directive's version that this device holds, and answer with Fetched.
 
-    Takes the place of a fetch that is under way.
+    Takes the place of a fetch that is under way. The directive need not be the newest one.
     """
 
     directive: Directive
@@ -250,9 +252,9 @@ def _directed(state: State, directive: Directive) -> tuple[State, list[Action]]:
     if before and before.run == directive.run and _progress(directive) < _progress(before):
         return state, []  # a broker that repeats, or keeps an older memory, takes no fleet back
     state = replace(state, directive=directive)
-    if state.busy == "fetching" and _work(before) != _work(directive):
-        # What was being fetched may never come: after a broker forgot, only the current version is published again.
-        state = replace(state, busy="")
+    if state.busy == "fetching" and state.work is not None:
+        work = _fetched_for(state.work, directive)
+        state = replace(state, work=work, busy="fetching" if work else "")
     if before and before.adapter != directive.adapter:
         # The plan was made for another kind of adapter.
         state = replace(state, hello=None, welcomed=False)
@@ -268,9 +270,25 @@ def _progress(directive: Directive) -> tuple[int, int]:
     return directive.round, directive.version
 
 
-def _work(directive: Directive | None) -> object:
+def _fetched_for(work: Directive, directive: Directive) -> Directive | None:
+    """What the fetch under way is for after a new directive; None if another must begin."""
+    if _wants(work) == _wants(directive):
+        return directive
+    # A slow device would never have a version whole if it began anew with each. What is out of reach may never come:
+    # its bands are not published again.
+    behind, train = directive.version - work.version, "train"
+    alike = work.run == directive.run and work.adapter == directive.adapter and work.phase == directive.phase == train
+    return work if alike and 0 < behind <= directive.max_staleness and _chunks(work) == _chunks(directive) else None
+
+
+def _wants(directive: Directive) -> object:
     """What a fetch depends on: two directives that agree in it ask for the same bands."""
-    return (directive.run, directive.version, directive.adapter, directive.bands) if directive else None
+    return directive.run, directive.version, directive.adapter, directive.bands
+
+
+def _chunks(directive: Directive) -> set[int]:
+    """Into what bands are cut: when a broker takes less than before, the older versions are cut anew as well."""
+    return {band.blob.chunk_bytes for band in directive.bands}
 
 
 def _unanswered(state: State) -> list[Action]:
@@ -312,7 +330,7 @@ def _advance(state: State) -> tuple[State, list[Action]]:
     if state.hello is None:
         return replace(state, busy="planning"), [MakePlan(directive.adapter, directive.training)]
     if _wanted(state, state.hello, directive):
-        return replace(state, busy="fetching"), [Fetch(directive)]
+        return replace(state, busy="fetching", work=directive), [Fetch(directive)]
     return state, []
 
 
@@ -327,11 +345,12 @@ def _wanted(state: State, hello: Hello, directive: Directive) -> bool:
 
 def _fetched(state: State, version: int) -> tuple[State, list[Action]]:
     """Use a version that has arrived, unless the fleet has moved on in the meantime."""
-    directive = state.directive
-    if state.busy != "fetching" or state.hello is None or directive is None or directive.version != version:
+    work = state.work
+    if state.busy != "fetching" or state.hello is None or work is None or work.version != version:
         return state, []
-    if state.left or not _wanted(state, state.hello, directive):
-        return replace(state, busy=""), []
-    if directive.phase == "finish":
-        return replace(state, busy="finishing"), [Finish(directive)]
-    return replace(state, busy="training"), [Train(directive)]
+    if state.left or not _wanted(state, state.hello, work):
+        return _advance(replace(state, busy="", work=None))
+    state = replace(state, work=None)
+    if work.phase == "finish":
+        return replace(state, busy="finishing"), [Finish(work)]
+    return replace(state, busy="training"), [Train(work)]

@@ -91,6 +91,16 @@ class Rounds(Section):
     """Devices that must have said hello before the first round."""
     fraction_train: Fraction = 1.0
     """Share of the devices that a round asks."""
+    over_select: Annotated[float, Field(ge=1)] = 1.0
+    """Times as many are asked, and the first updates suffice; so many as `fraction_train` says."""
+    mode: Literal["synchronous", "buffered"] = "synchronous"
+    """Whether a round waits for those it asks, or merges whenever `buffer_size` updates have come, old ones as well."""
+    buffer_size: Positive | None = None
+    """Updates that fill a buffer; half of those that are asked, when absent."""
+    max_staleness: Annotated[int, Field(ge=0, le=1000)] = 4
+    """Buffered: versions that an update may be behind. As many stay on the broker."""
+    staleness_exponent: Annotated[float, Field(ge=0)] = 0.5
+    """Buffered: an update that is s versions behind counts (1 + s) to the power of minus this."""
     quorum: Fraction = 0.5
     """Share of the asked devices whose updates suffice once progress has stopped."""
     progress_timeout: Annotated[float, Field(gt=0)] = 600.0

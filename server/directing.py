@@ -8,9 +8,10 @@ from typing import Literal
 from edge_runtime.config import Config
 from edge_runtime.trainer import Training
 from edge_runtime.wire.messages import Band, Directive
+from edge_runtime.wire.sampling import FULL
 from server.aggregators.method import Aggregator
 from server.fitting import spec_of
-from server.rounds import State
+from server.state import State
 
 ASKS: Mapping[str, Literal["gather", "train", "finish"]] = {
     "gather": "gather",
@@ -40,7 +41,7 @@ def directive_of(config: Config, state: State, cut: tuple[Band, ...], *, rank: i
         training |= {"proximal": 0.0, "correction": 0.0}
     else:
         training |= {"factors": asks.trained, **method.training}
-    everybody = config.rounds.fraction_train == 1.0 or phase != "train"
+    everybody = phase != "train" or state.sample.below == FULL
     return Directive(
         fleet=config.fleet.name,
         run=state.run,
@@ -52,11 +53,12 @@ def directive_of(config: Config, state: State, cut: tuple[Band, ...], *, rank: i
         adapter=spec_of(config, method, rank),
         training=Training(max_steps=steps, **training),
         bands=cut,
-        participants=None if everybody else state.asked,
+        sample=None if everybody else state.sample,
         codec=config.wire.codec_up,
         error_feedback=config.wire.error_feedback,
         upload_bytes=config.wire.upload_bytes,
         increments=method.increments,
+        max_staleness=config.rounds.max_staleness if config.rounds.mode == "buffered" else 0,
         sent=asks.sent,
         private=asks.private,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from edge_runtime.config import Wire
 from edge_runtime.errors import CorruptPayloadError, TooLargeError
@@ -15,6 +15,8 @@ from edge_runtime.wire.transport import Transport
 from server.scratch import Scratch
 from server.store import Store, StoredVersion
 
+DECODED_VERSIONS = 4
+"""Versions that are kept decoded: updates of a buffer are of several, and come in any order."""
 CLEARED_AGAIN = 3
 """So many versions that were cleared before are cleared once more each time; see `Downlink.clear`."""
 
@@ -31,7 +33,7 @@ class Downlink:
 
     def __init__(self, fleet: str, wire: Wire, transport: Transport, store: Store) -> None:
         self._fleet, self._wire, self._transport, self._store = fleet, wire, transport, store
-        self._decoded: tuple[int, Adapter] | None = None
+        self._decoded: dict[int, Adapter] = {}
 
     def cut(
         self, number: int, state: bytes, adapter: Adapter, factors: Sequence[Factors] = ("ab",)
@@ -60,17 +62,21 @@ class Downlink:
             CorruptPayloadError: it has retired.
             DiskFullError: it is large, and there is no room to lay it down.
         """
-        if self._decoded is None or self._decoded[0] != version:
+        found = self._decoded.pop(version, None)
+        if found is None:
             stored = self._store.version(version)
             cut = stored.bands if stored else ()
             payloads = [self._store.blob(band.blob.sha256) for band in cut]
             if not cut or any(payload is None for payload in payloads):
                 raise CorruptPayloadError(f"version {version} has retired; train from the current one")
             room = Scratch(self._store.path.parent)
-            found = zip(cut, payloads, strict=True)
-            decoded = ((band, room.put(codec.decode(payload))) for band, payload in found if payload is not None)
-            self._decoded = version, remembering(bands.assembled(decoded))
-        return self._decoded[1]
+            known = zip(cut, payloads, strict=True)
+            decoded = ((band, room.put(codec.decode(payload))) for band, payload in known if payload is not None)
+            found = remembering(bands.assembled(decoded))
+        while len(self._decoded) >= DECODED_VERSIONS:
+            del self._decoded[next(iter(self._decoded))]  # the one that was asked for the longest time ago
+        self._decoded[version] = found
+        return found
 
     def broadcast(self, version: StoredVersion) -> tuple[Band, ...]:
         """Publish the bands of a version, in chunks that the broker takes; returns how they are cut now."""
@@ -86,6 +92,13 @@ class Downlink:
         except TooLargeError:
             return self.broadcast(version)  # it turned out while we published
         return version.bands
+
+    def repeat(self, versions: Iterable[int]) -> None:
+        """Publish once more the bands of those of these versions that have not retired."""
+        for number in versions:
+            version = self._store.version(number)
+            if version is not None and all(self._store.blob(band.blob.sha256) is not None for band in version.bands):
+                self.broadcast(version)
 
     def clear(self, last: int) -> None:
         """Take versions up to this one, which nobody reads any more, from the broker, and then from the store.

@@ -1,13 +1,10 @@
-"""Who is here, what each device was assigned, and whom a round asks. Pure."""
+"""Who is here, and what each device said and did. Pure."""
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Mapping
 
-from edge_runtime.config import Rounds
-from edge_runtime.wire.messages import Hello, Model, Rejected, ungroup
+from edge_runtime.wire.messages import Hello, LayerGroup, Model, Rejected, Report, ungroup
 
 
 class Member(Model):
@@ -15,15 +12,50 @@ class Member(Model):
 
     Attributes:
         hello: its last hello: base, examples, slot.
+        former: what its hellos before said of its layers, the latest first; see `greeted`.
         online: what its retained presence says; a broker may be late with it.
         seen: (instance, session) of its last presences, the latest last; see `rival`.
         returns: how often one instance took the name back from another since a new one came.
+        there: the last round in which it was there before it went away, or made an offer.
+        excused: the last round that takes nothing of it any more, though it asks it: its update was refused, or others
+            were asked in its place.
+        delivered: the round of its last accepted update.
+        sha256: of that update.
+        paused: when it first said that it pauses; None while it does not.
+        ended: its last report, if that said done or failed: its fleet life is over.
     """
 
     hello: Hello
+    former: tuple[tuple[LayerGroup, ...], ...] = ()
     online: bool = True
     seen: tuple[tuple[str, int], ...] = ()
     returns: int = 0
+    there: int = -1
+    excused: int = -1
+    delivered: int = 0
+    sha256: str = ""
+    paused: float | None = None
+    ended: Report | None = None
+
+    @property
+    def plans(self) -> tuple[tuple[LayerGroup, ...], ...]:
+        """The plans that an update of this device may be of, the latest first."""
+        return (self.hello.groups, *self.former)
+
+
+FORMER = 3
+"""Plans that a device had before: an update of one may be on its way, and each may follow on a restart."""
+
+
+def greeted(member: Member | None, hello: Hello) -> Member:
+    """The member after a hello. One that failed and is back takes part again."""
+    if member is None:
+        return Member(hello=hello)
+    former = member.former
+    if hello.groups != member.hello.groups:
+        former = (member.hello.groups, *(groups for groups in former if groups != hello.groups))[:FORMER]
+    ended = member.ended if member.ended and member.ended.state == "done" else None
+    return member.model_copy(update={"hello": hello, "former": former, "online": True, "ended": ended})
 
 
 def admit(members: Mapping[str, Member], base: str | None, hello: Hello) -> Rejected | None:
@@ -39,6 +71,8 @@ def admit(members: Mapping[str, Member], base: str | None, hello: Hello) -> Reje
         )
     shapes = ungroup(hello.groups).shapes
     for member in members.values():
+        if member.hello.groups == hello.groups:
+            return None
         known = ungroup(member.hello.groups).shapes
         if known != shapes:
             odd = min(set(known.items()) ^ set(shapes.items()))[0]
@@ -116,24 +150,3 @@ def unbearable(hello: Hello, rank: int, most: int) -> str:
         f"at rank {rank} your layers make an adapter of {size} bytes; this server bears {most}; "
         "raise [wire] max_upload_bytes, or choose fewer target modules or a smaller [aggregator] rank"
     )
-
-
-def choose(members: Mapping[str, Member], fraction: float, round_number: int, seed: int) -> tuple[str, ...]:
-    """The online devices that a round asks: the fraction with the lowest hash of (seed, round, name).
-
-    At least one, if anybody is online. Every server that knows the same members chooses the same devices.
-    """
-    ranked = ranking(members, round_number, seed)
-    count = max(1, math.ceil(fraction * len(ranked))) if ranked else 0
-    return tuple(sorted(ranked[:count]))
-
-
-def first_asked(policy: Rounds) -> int:
-    """How many devices the first round of the smallest fleet asks; see `choose`."""
-    return max(1, math.ceil(policy.fraction_train * policy.min_available_nodes))
-
-
-def ranking(members: Mapping[str, Member], round_number: int, seed: int) -> list[str]:
-    """The online devices by their hash of (seed, round, name): first come those that the round asks first."""
-    online = [name for name, member in members.items() if member.online]
-    return sorted(online, key=lambda name: hashlib.sha256(f"{seed}:{round_number}:{name}".encode()).digest())

@@ -9,9 +9,10 @@ from threadpoolctl import threadpool_limits
 
 from edge_runtime.config import Rounds
 from edge_runtime.errors import AggregationError, ConfigError
-from edge_runtime.wire.messages import Offer
+from edge_runtime.wire.messages import Offer, Rejected
+from server import state as rounds
 from server.aggregators.method import Aggregator, Merged, State, Update
-from server.fleet import first_asked
+from server.choosing import first_needed
 
 
 def attempt(method: Aggregator, state: State, updates: Iterable[Update]) -> Merged | AggregationError:
@@ -24,17 +25,17 @@ def attempt(method: Aggregator, state: State, updates: Iterable[Update]) -> Merg
         return error
 
 
-def check_least(method: Aggregator, rounds: Rounds) -> None:
+def check_least(method: Aggregator, asked: Rounds) -> None:
     """See at the start whether a round of the smallest fleet can be merged at all.
 
     Args:
         method: of the fleet.
-        rounds: of the fleet's file.
+        asked: the rounds of the fleet's file.
 
     Raises:
         ConfigError: the method needs more updates than that.
     """
-    available = first_asked(rounds)
+    available = first_needed(asked)
     if available < method.least:
         raise ConfigError(
             f"[aggregator] needs {method.least} updates a round; [rounds] min_available_nodes and fraction_train "
@@ -42,12 +43,18 @@ def check_least(method: Aggregator, rounds: Rounds) -> None:
         )
 
 
-def stored(offer: Offer, norm: float) -> Mapping[str, Any]:
-    """What is written down of an update that was stored, which moves the model by `norm`."""
+def stored(offer: Offer, norm: float, state: rounds.State) -> Mapping[str, Any]:
+    """What is written down of an update that was stored in this state, and moves the model by `norm`."""
     return {
-        "event": "update", "round": offer.round, "client": offer.client, "bytes": offer.blob.size,
+        "event": "update", "round": state.round, "client": offer.client, "bytes": offer.blob.size,
         "examples": offer.examples, "loss_first": offer.loss_first, "loss_last": offer.loss_last, "norm": norm,
+        "age": state.version - offer.version,
     }  # fmt: skip
+
+
+def corrupt(offer: Offer, error: Exception) -> Rejected:
+    """What is told to whoever sent what is no update."""
+    return Rejected(code="corrupt", reason=str(error)[:1024], sha256=offer.blob.sha256)
 
 
 def said(number: int, version: int, merged: Merged) -> list[str]:

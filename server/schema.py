@@ -32,6 +32,22 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE events   (n INTEGER PRIMARY KEY AUTOINCREMENT, event TEXT NOT NULL)",
         "CREATE TABLE refusals (code TEXT PRIMARY KEY, count INTEGER NOT NULL)",
     ),
+    # 3: a row for each member. Of updates, the round whose merge takes them and the round that they were trained in,
+    # and norms before payloads, so that to read one is not to read both. Of uploads under way, what they take.
+    (
+        "CREATE TABLE members (name TEXT PRIMARY KEY, row TEXT NOT NULL)",
+        "ALTER TABLE updates RENAME TO former",
+        """CREATE TABLE updates (round INTEGER, client TEXT, trained INTEGER, norm REAL, offer TEXT NOT NULL,
+                                 payload BLOB NOT NULL, PRIMARY KEY (round, client, trained))""",
+        "INSERT INTO updates SELECT round, client, round, norm, offer, payload FROM former ORDER BY rowid",
+        "DROP TABLE former",
+        "ALTER TABLE offers RENAME TO former",
+        """CREATE TABLE offers  (client TEXT PRIMARY KEY, version INTEGER NOT NULL, size INTEGER NOT NULL,
+                                 offer TEXT NOT NULL)""",
+        """INSERT INTO offers SELECT client, json_extract(offer, '$.version'), json_extract(offer, '$.blob.size'), offer
+           FROM former""",
+        "DROP TABLE former",
+    ),
 )
 
 

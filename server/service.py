@@ -9,9 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
-
-from threadpoolctl import threadpool_limits
+from typing import Any
 
 from edge_runtime.config import Config
 from edge_runtime.errors import AggregationError, AuthenticityError, CorruptPayloadError, DiskFullError, WireError
@@ -31,7 +29,7 @@ from edge_runtime.wire.messages import (
     load,
 )
 from edge_runtime.wire.transport import Delivery, Transport
-from server import aggregators, engines, outcome, rounds, screening
+from server import aggregators, engines, events, offers, outcome, rounds, standing
 from server.aggregators.method import Update
 from server.directing import directive_of
 from server.downlink import Downlink
@@ -41,9 +39,10 @@ from server.policy import policy_of
 from server.resuming import Resuming
 from server.shortage import Shortage, blob_of, said_once
 from server.staging import Staging
-from server.store import Store, StoredVersion
+from server.state import State
+from server.store import Standing, Store, StoredVersion
 
-Lead = Callable[[rounds.State, tuple[Band, ...]], Directive]
+Lead = Callable[[State, tuple[Band, ...]], Directive]
 """Given the bands of its version, what a fleet behind a gateway is asked for."""
 
 
@@ -90,24 +89,24 @@ class Service:
         own = config.server
         self._journal = Journal(store, record, say)
         self._staging = Staging(store, clock, most=own.max_staged_bytes, timeout=own.upload_timeout)
-        self._limits = screening.Limits(own.max_norm_ratio, own.max_update_norm)
         self._shortage = Shortage(clock, say)
         self._fleet = config.fleet.name
         self._downlink = Downlink(config.fleet.name, config.wire, transport, store)
         self._resuming = Resuming(clock)
         self._merging = Merging(config, self._method, self._rank, store=store, downlink=self._downlink, clock=clock)
+        self._written: State | None = None
         saved = store.rounds()
         if saved is None:
             self._state, self._pending = rounds.begin(secrets.token_hex(8), config.fleet.base, clock())
         else:
-            self._state, self._pending = rounds.resume(rounds.State.model_validate_json(saved), clock())
+            self._state, self._pending = rounds.resume(standing.load(saved, store.members()), clock())
 
     @property
-    def state(self) -> rounds.State:
+    def state(self) -> State:
         """Where the rounds stand."""
         return self._state
 
-    def run(self, stop: Callable[[], bool], *, poll: float = 0.5) -> rounds.State:
+    def run(self, stop: Callable[[], bool], *, poll: float = 0.5) -> State:
         """Serve until the fleet has finished or `stop()` says so; returns the last state. Ready to run again."""
         self.begin()
         while not stop() and self._state.phase != "over":
@@ -134,20 +133,20 @@ class Service:
         if self._transport.sessions != self._sessions:
             # A broker that came back may have forgotten what it retained.
             self._sessions = self._transport.sessions
-            self._unless_full(self._announce, self._clear)
+            self._unless_full(lambda: self._announce(again=True), self._clear)
         if self._clock() - self._ticked >= poll:
             self._ticked = self._clock()
             self.tick()
         return delivery is not None
 
-    def end(self) -> rounds.State:
+    def end(self) -> State:
         """See that all that was said is gone, and say what there was to refuse; returns the last state."""
         self._transport.flush(10.0)
         self._journal.save()
         self._say(self._journal.summary)
         return self._state
 
-    def open(self, asked: rounds.Asked, version: StoredVersion, payloads: list[bytes]) -> None:
+    def open(self, asked: events.Asked, version: StoredVersion, payloads: list[bytes]) -> None:
         """Open the round that the fleet above asks for, from its version.
 
         Raises:
@@ -157,7 +156,8 @@ class Service:
         self._clear()
 
     def _save(self) -> None:
-        self._store.save_rounds(self._state.model_dump_json())
+        self._store.save_rounds(standing.dump(self._state, self._written))
+        self._written = self._state
 
     def _unless_full(self, *steps: Callable[[], None]) -> None:
         """Do what may need room; on a full disk it is done when there is some."""
@@ -175,7 +175,7 @@ class Service:
                 if self._shortage.due:
                     self._look_for_room()
                 return
-            self._apply(rounds.Tick())
+            self._apply(events.Tick())
             self._journal.write()
             self._journal.save()
         except DiskFullError as error:
@@ -194,7 +194,7 @@ class Service:
     def handle(self, delivery: Delivery) -> None:
         """Take one delivery: store what it says, acknowledge it, answer it. Nonsense is noted and dropped."""
         topic = topics.parse(self._fleet, delivery.topic)
-        event: rounds.Event | None = None
+        event: events.Event | None = None
         try:
             event = self._event(topic, delivery) if topic is not None else None
             if event is not None:
@@ -209,11 +209,11 @@ class Service:
                 return
             if topic is not None and topic.client in self._state.members:
                 refusal = self._shortage.refusal(topic.client, blob_of(topic, event))
-                replies: list[rounds.Action] = [rounds.Reply(topic.client, refusal)] if refusal else []
+                replies: list[events.Action] = [events.Reply(topic.client, refusal)] if refusal else []
                 self._unless_full(lambda: self._perform(replies))
         delivery.ack()
 
-    def _event(self, topic: topics.Topic, delivery: Delivery) -> rounds.Event | None:
+    def _event(self, topic: topics.Topic, delivery: Delivery) -> events.Event | None:
         """What a delivery says; what says nothing is noted, and told whoever is said to have sent it."""
         try:
             if topic.kind == "upload":
@@ -231,7 +231,7 @@ class Service:
                 self._tell(topic.client, Rejected(code="malformed", reason=str(error)[:1024]))
         return None
 
-    def _message(self, client: str, message: Message) -> rounds.Event:
+    def _message(self, client: str, message: Message) -> events.Event:
         match message:
             case Hello() | Offer() | Report() if message.client == client:
                 if isinstance(message, Report) and client in self._state.members:
@@ -239,15 +239,15 @@ class Service:
                 elif isinstance(message, Hello):
                     problem = self._merging.unbearable(message)
                     if problem:
-                        self._perform([rounds.Reply(client, Rejected(code="shape", reason=problem))])
+                        self._perform([events.Reply(client, Rejected(code="shape", reason=problem))])
                         raise CorruptPayloadError(f"'{client}': {problem}")
-                return rounds.Heard(message)
+                return events.Heard(message)
             case Presence() if message.client == client:
-                return rounds.PresenceChanged(client, message.state == "online", message.instance, message.session)
+                return events.PresenceChanged(client, message.state == "online", message.instance, message.session)
             case _:
                 raise CorruptPayloadError(f"a {message.type} is not what '{client}' may say here")
 
-    def _chunk(self, topic: topics.Topic, payload: bytes) -> rounds.Event | None:
+    def _chunk(self, topic: topics.Topic, payload: bytes) -> events.Event | None:
         offer = self._store.offer_of(topic.client)
         if offer is None or offer.blob.sha256 != topic.digest:
             return None  # accepted already, or given up: the broker repeats itself
@@ -259,7 +259,7 @@ class Service:
         self._resuming.moved(topic.client)
         whole = not blobs.missing(offer.blob, have)
         # A device that only repeats a chunk must not hold up the round for ever.
-        return rounds.Moved(offer if whole else None) if new or whole else None
+        return events.Moved(offer if whole else None) if new or whole else None
 
     def _complete(self, offer: Offer) -> None:
         """All chunks of an upload are here: check it as a whole, make it an update, or refuse it."""
@@ -267,64 +267,58 @@ class Service:
             payload = blobs.join(offer.blob, self._store.chunks(offer))
         except WireError as error:
             if not self._staging.damaged(offer):
-                self._refuse(offer, "corrupt", str(error))
+                self._refuse(offer, outcome.corrupt(offer, error))
                 return
             self._journal.dropped(f"asking '{offer.client}' for its update again: {error}", code="damaged")
             self._need(offer, list(range(offer.blob.chunks)))
             return
-        try:
-            found = self._merging.update(offer, payload)
-            with threadpool_limits(1):
-                norm = screening.moved(found.received, found.trained)
-        except (WireError, AggregationError) as error:
-            self._refuse(offer, "corrupt", str(error))
+        refusal = offers.refusal(self._state, offer, self._policy)
+        if refusal is not None:
+            if refusal.code != "quota":  # a buffer is being merged, and the next one takes it
+                self._store.drop_upload(offer)
+            self._perform([events.Reply(offer.client, refusal)])
             return
-        problem = screening.absurd(norm, self._merging.usual(offer.round), self._limits)
-        if problem:
-            self._refuse(offer, "norm", problem)
+        judged = self._merging.judge(offer, payload, self._state)
+        if isinstance(judged, Rejected):
+            self._refuse(offer, judged)
             return
-        event = outcome.stored(offer, norm)
-        self._apply(
-            rounds.Stored(offer),
-            lambda state: self._store.accept(offer, payload, state, norm=norm, event=event),
-        )
+        facts: Any = {"number": self._state.round, "norm": judged, "event": outcome.stored(offer, judged, self._state)}
+        self._apply(events.Stored(offer), lambda state: self._store.accept(offer, payload, state, **facts))
 
-    def _refuse(self, offer: Offer, code: Literal["corrupt", "norm"], reason: str) -> None:
+    def _refuse(self, offer: Offer, refusal: Rejected) -> None:
         self._store.drop_upload(offer)
-        refusal = Rejected(code=code, reason=reason[:1024], sha256=offer.blob.sha256)
-        self._apply(rounds.Refused(offer, refusal))
+        self._apply(events.Refused(offer, refusal))
 
-    def _apply(self, event: rounds.Event, persist: Callable[[str], None] | None = None) -> None:
+    def _apply(self, event: events.Event, persist: Callable[[Standing], None] | None = None) -> None:
         before = self._state
         state, actions = rounds.step(before, event, self._clock(), self._policy)
-        if persist is not None:
-            persist(state.model_dump_json())
-        elif state.model_copy(update={"progress_at": before.progress_at}) != before:
-            self._store.save_rounds(state.model_dump_json())
+        if persist is not None or state.model_copy(update={"progress_at": before.progress_at}) != before:
+            (persist or self._store.save_rounds)(standing.dump(state, self._written))
+            self._written = state
         self._state = state
         self._perform(actions)
 
-    def _perform(self, actions: list[rounds.Action]) -> None:
+    def _perform(self, actions: list[events.Action]) -> None:
         for action in actions:
             match action:
-                case rounds.Reply(client, message):
+                case events.Reply(client, message):
                     if isinstance(message, Rejected):
                         self._journal.refused(message.code)
                     self._tell(client, message)
-                case rounds.Stage(offer):
+                case events.Stage(offer):
                     self._stage(offer)
-                case rounds.Merge(number):
+                case events.Merge(number):
                     self._merge(number)
-                case rounds.Announce():
-                    self._announce()
-                case rounds.Note(text):
+                case events.Announce(again):
+                    self._announce(again=again)
+                case events.Note(text):
                     self._say(text)
 
     def _stage(self, offer: Offer) -> None:
         known = self._store.offer_of(offer.client) == offer
         have = self._staging.begin(offer)
         if isinstance(have, Rejected):
-            self._perform([rounds.Reply(offer.client, have)])
+            self._perform([events.Reply(offer.client, have)])
             return
         lacking = blobs.missing(offer.blob, have)
         if known and lacking:
@@ -352,7 +346,7 @@ class Service:
 
     def updates(self, number: int) -> Iterator[Update]:
         """The stored updates of a round, by device, one in memory at a time."""
-        return self._merging.updates(number)
+        return self._merging.updates(number, self._state.version)
 
     def _merge(self, number: int) -> None:
         if (self._state.phase, self._state.round) != ("merging", number):
@@ -365,32 +359,37 @@ class Service:
             return
         version, payloads, event, merged = made
 
-        def persist(state: str) -> None:
-            self._store.save_version(version, payloads, state, event)
+        def persist(state: Standing) -> None:
+            since = self._policy.since(version.version)
+            self._store.save_version(version, payloads, state, event, since=since)
             for said in outcome.said(number, version.version, merged):
                 self._say(said)
             self._journal.refused("excluded", len(merged.excluded))
 
-        self._apply(rounds.MergeDone(version.version), persist)
+        self._apply(events.MergeDone(version.version), persist)
         self._clear()
 
     def _give_up(self, number: int, error: AggregationError) -> None:
         self._journal.refused("merge")
         self._say(f"round {number}: not merged, version {self._state.version} stays: {error}")
         event = {"event": "merge refused", "round": number, "reason": str(error)}
-        self._apply(rounds.MergeRefused(), lambda state: self._store.close_round(state, event))
+        since = self._policy.since(self._state.version)
+        self._apply(events.MergeRefused(), lambda state: self._store.close_round(state, event, since=since))
 
     def _clear(self) -> None:
-        # The version before the last one has no reader left: its devices were answered when their round closed.
-        self._downlink.clear(self._state.version - 2)
+        # What is behind has no reader left: its devices were answered when their round closed.
+        self._downlink.clear(self._state.version - max(1, self._policy.reach) - 1)
 
-    def _announce(self) -> None:
+    def _announce(self, *, again: bool = False) -> None:
         """Publish the bands of the current version, then the Directive that names them.
 
-        If the broker takes less than it seemed while they are on their way, its next session brings us here again.
+        `again`: before them, those of older versions that devices may still be fetching. If the broker takes less than
+        it seemed while they are on their way, its next session brings us here again.
         """
         cut: tuple[Band, ...] = ()
         if self._state.phase != "gather":
+            newest = self._state.version
+            self._downlink.repeat(range(newest - self._policy.reach, newest) if again else ())
             cut = self._downlink.broadcast(self._merging.version(self._state))
         if self._lead is not None:
             asked = self._lead(self._state, cut)

@@ -14,7 +14,7 @@ from edge_runtime.errors import DiskFullError
 from edge_runtime.wire import topics
 from edge_runtime.wire.messages import Offer, Rejected, Report
 from edge_runtime.wire.transport import Delivery
-from server import rounds
+from server import events
 
 RETRY_SECONDS = 10.0
 """Between two looks whether there is room again."""
@@ -83,15 +83,15 @@ class Shortage:
         )
 
 
-def said_once(event: rounds.Event | None) -> bool:
+def said_once(event: events.Event | None) -> bool:
     """Whether nobody says it again: a report, or a presence."""
-    return isinstance(event, rounds.PresenceChanged) or (
-        isinstance(event, rounds.Heard) and isinstance(event.message, Report)
+    return isinstance(event, events.PresenceChanged) or (
+        isinstance(event, events.Heard) and isinstance(event.message, Report)
     )
 
 
-def blob_of(topic: topics.Topic, event: rounds.Event | None) -> str:
+def blob_of(topic: topics.Topic, event: events.Event | None) -> str:
     """The blob that a delivery was about, or ''."""
-    if isinstance(event, rounds.Heard) and isinstance(event.message, Offer):
+    if isinstance(event, events.Heard) and isinstance(event.message, Offer):
         return event.message.blob.sha256
     return topic.digest if topic.kind == "upload" else ""

@@ -38,25 +38,34 @@ class Staging:
         Raises:
             DiskFullError: no room to note it.
         """
-        taken = self._store.staged()
-        mine = taken.pop(offer.client, None)
-        if mine is None or mine < offer.blob.size:
-            for client in self._idle(taken):
-                if sum(taken.values()) + offer.blob.size <= self._most:
-                    break
-                self._give_up(client)
-                del taken[client]
-        if sum(taken.values()) + offer.blob.size > self._most:
-            return Rejected(
-                code="quota",
-                reason=f"{len(taken)} uploads are under way and take {sum(taken.values())} of {self._most} bytes; this "
-                f"one of {offer.blob.size} must wait; [server] max_staged_bytes gives more room",
-                sha256=offer.blob.sha256,
-            )
+        known = self._store.offer_of(offer.client)
+        grown = offer.blob.size - (known.blob.size if known else 0)
+        if grown > 0 and self._store.staged_bytes() + grown > self._most:
+            refusal = self._make_room(offer)
+            if refusal is not None:
+                return refusal
         have = self._store.offered(offer)
-        if mine is None:
+        if known is None:
             self._moved[offer.client] = self._clock()
         return have
+
+    def _make_room(self, offer: Offer) -> Rejected | None:
+        """Let uploads give way that have not moved for too long; why that is not enough, or None."""
+        taken = self._store.staged()
+        taken.pop(offer.client, None)
+        for client in self._idle(taken):
+            if sum(taken.values()) + offer.blob.size <= self._most:
+                break
+            self._give_up(client)
+            del taken[client]
+        if sum(taken.values()) + offer.blob.size <= self._most:
+            return None
+        return Rejected(
+            code="quota",
+            reason=f"{len(taken)} uploads are under way and take {sum(taken.values())} of {self._most} bytes; this "
+            f"one of {offer.blob.size} must wait; [server] max_staged_bytes gives more room",
+            sha256=offer.blob.sha256,
+        )
 
     def add(self, offer: Offer, index: int, payload: bytes) -> tuple[bool, set[int]]:
         """Store a chunk; whether it is new, and the chunks that are here.

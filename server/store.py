@@ -1,9 +1,9 @@
 """Durable state of a fleet's server: one SQLite file in WAL mode. What a method returned from is on disk.
 
-Tables: `rounds` (the state machine as JSON, one row), `versions` (merged state and its bands), `blobs` (broadcast
-payloads), `updates` (accepted), `offers` and `chunks` (uploads under way), `events` (to be recorded), `refusals`
-(counted). A merge, the version that it makes and the state that follows are one transaction, so a crash at any point
-leaves a store from which the service goes on. The layout and its history: `server.schema`.
+Tables: `rounds` (the state machine as JSON, one row) and `members` (its devices), `versions` (merged state and its
+bands), `blobs` (broadcast payloads), `updates` (accepted), `offers` and `chunks` (uploads under way), `events` (to be
+recorded), `refusals` (counted). A merge, the version that it makes and the state that follows are one transaction, so a
+crash at any point leaves a store from which the service goes on. The layout and its history: `server.schema`.
 
 Every method that writes raises DiskFullError where there is no room; then nothing of it happened.
 """
@@ -14,7 +14,7 @@ import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,24 @@ from server import schema
 
 FILE, LOCK = "fleet.db", "fleet.lock"
 PROOF_BYTES = 256 * 1024
+YARDSTICK = 999
+"""Norms that are looked at for each update: a median of more would be no better, and take longer with every update."""
 
 Event = Mapping[str, Any]
 """Something to be recorded, JSON-able; see `Store.unrecorded`."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where the rounds stand; see `server.standing`.
+
+    Attributes:
+        text: the state machine but for its members.
+        members: name → row of those that changed.
+    """
+
+    text: str
+    members: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,17 +103,28 @@ class Store:
         row = self._db.execute("SELECT state FROM rounds").fetchone()
         return str(row[0]) if row else None
 
-    def save_rounds(self, state: str) -> None:
+    def members(self) -> Iterator[tuple[str, str]]:
+        """Name and row of every member."""
+        yield from self._db.execute("SELECT name, row FROM members ORDER BY rowid")
+
+    def save_rounds(self, rounds: Standing) -> None:
         """Remember the state of the rounds."""
         with self._transaction():
-            self._put_rounds(state)
+            self._put_rounds(rounds)
 
     def save_version(
-        self, version: StoredVersion, payloads: Sequence[bytes], rounds: str | None = None, event: Event | None = None
+        self,
+        version: StoredVersion,
+        payloads: Sequence[bytes],
+        rounds: Standing | None = None,
+        event: Event | None = None,
+        *,
+        since: int | None = None,
     ) -> None:
         """Remember a version, its bands' payloads and, if given, the rounds' state that follows: all or nothing.
 
-        With that state a round closes, so the uploads that are still under way have no use any more and are dropped.
+        With that state a round closes, so the uploads that are still under way have no use any more and are dropped:
+        but for those that were trained from version `since`, or a newer one.
         """
         with self._transaction():
             self._db.execute(
@@ -108,13 +134,13 @@ class Store:
             for band, payload in zip(version.bands, payloads, strict=True):
                 self._db.execute("INSERT OR REPLACE INTO blobs VALUES (?, ?)", (band.blob.sha256, payload))
             if rounds is not None:
-                self._close_round(rounds)
+                self._close_round(rounds, since)
             self._put_event(event)
 
-    def close_round(self, rounds: str, event: Event) -> None:
+    def close_round(self, rounds: Standing, event: Event, *, since: int | None = None) -> None:
         """Remember that a round closed without a new version: the rounds' state that follows, all or nothing."""
         with self._transaction():
-            self._close_round(rounds)
+            self._close_round(rounds, since)
             self._put_event(event)
 
     def recut(self, version: StoredVersion) -> None:
@@ -161,7 +187,8 @@ class Store:
     def retire(self, version: int) -> list[BlobRef]:
         """Forget the blobs and updates of a version and of those before it; returns the blobs that were here.
 
-        Blobs that a newer version shares stay. So do merged states: a version can always be exported.
+        Blobs that a newer version shares stay. So do merged states: a version can always be exported. A round makes
+        one version at most, so the updates of a version are of no later round than its number.
         """
         gone = self.outdated(version, since=version + 1)
         with self._transaction():
@@ -186,7 +213,10 @@ class Store:
                 "INSERT INTO chunks VALUES (?, ?, ?, ?)",
                 [(offer.client, offer.blob.sha256, index, payload) for index, payload in kept.items()],
             )
-            self._db.execute("INSERT OR REPLACE INTO offers VALUES (?, ?)", (offer.client, offer.model_dump_json()))
+            self._db.execute(
+                "INSERT OR REPLACE INTO offers VALUES (?, ?, ?, ?)",
+                (offer.client, offer.version, offer.blob.size, offer.model_dump_json()),
+            )
         return set(kept)
 
     def offer_of(self, client: str) -> Offer | None:
@@ -196,8 +226,11 @@ class Store:
 
     def staged(self) -> dict[str, int]:
         """Device → bytes that its upload under way will take in all."""
-        rows = self._db.execute("SELECT client, offer FROM offers")
-        return {client: Offer.model_validate_json(offer).blob.size for client, offer in rows}
+        return {client: int(size) for client, size in self._db.execute("SELECT client, size FROM offers")}
+
+    def staged_bytes(self) -> int:
+        """Bytes that all uploads under way will take in all."""
+        return int(self._db.execute("SELECT TOTAL(size) FROM offers").fetchone()[0])
 
     def add_chunk(self, offer: Offer, index: int, payload: bytes) -> set[int]:
         """Store one chunk of an upload; twice is once. Returns the chunks that are here."""
@@ -227,34 +260,60 @@ class Store:
             self._forget(offer)
 
     def accept(
-        self, offer: Offer, payload: bytes, rounds: str, *, norm: float | None = None, event: Event | None = None
+        self,
+        offer: Offer,
+        payload: bytes,
+        rounds: Standing,
+        *,
+        number: int | None = None,
+        norm: float | None = None,
+        event: Event | None = None,
     ) -> None:
-        """An upload becomes an update, and the state of the rounds says so: all or nothing."""
+        """An upload becomes an update, and the state of the rounds says so: all or nothing.
+
+        Args:
+            offer: its offer.
+            payload: its blob.
+            rounds: the state that follows.
+            number: of the round whose merge takes it; that in which it was trained when absent.
+            norm: how far it moves the model.
+            event: to be recorded.
+        """
         with self._transaction():
             self._db.execute(
-                "INSERT OR IGNORE INTO updates VALUES (?, ?, ?, ?, ?)",
-                (offer.round, offer.client, offer.model_dump_json(), payload, norm),
+                "INSERT OR IGNORE INTO updates VALUES (?, ?, ?, ?, ?, ?)",
+                (
+                    offer.round if number is None else number,
+                    offer.client,
+                    offer.round,
+                    norm,
+                    offer.model_dump_json(),
+                    payload,
+                ),
             )
             self._forget(offer)
             self._put_rounds(rounds)
             self._put_event(event)
 
     def norms(self, round_number: int, *, before: int = 1) -> list[float]:
-        """How far the updates of a round and of so many before it move, as far as they are here."""
+        """How far the last updates of a round and of so many before it move, as far as they are here."""
         rows = self._db.execute(
-            "SELECT norm FROM updates WHERE round BETWEEN ? AND ? AND norm IS NOT NULL",
-            (round_number - before, round_number),
+            # Rows in the order in which they came: without the index, the newest are found at once.
+            "SELECT norm FROM updates NOT INDEXED WHERE round BETWEEN ? AND ? AND norm IS NOT NULL "
+            "ORDER BY rowid DESC LIMIT ?",
+            (round_number - before, round_number, YARDSTICK),
         )
         return [float(norm) for (norm,) in rows]
 
     def updates(self, round_number: int) -> Iterator[tuple[Offer, bytes]]:
-        """The updates of a round, by device name, one in memory at a time."""
+        """The updates that a round's merge takes, by training round and device, one in memory at a time."""
         names = self._db.execute(
-            "SELECT client FROM updates WHERE round = ? ORDER BY client", (round_number,)
+            "SELECT trained, client FROM updates WHERE round = ? ORDER BY trained, client", (round_number,)
         ).fetchall()
-        for (client,) in names:
+        for trained, client in names:
             offer, payload = self._db.execute(
-                "SELECT offer, payload FROM updates WHERE round = ? AND client = ?", (round_number, client)
+                "SELECT offer, payload FROM updates WHERE round = ? AND client = ? AND trained = ?",
+                (round_number, client, trained),
             ).fetchone()
             yield Offer.model_validate_json(offer), bytes(payload)
 
@@ -297,13 +356,18 @@ class Store:
         self._db.execute("DELETE FROM chunks WHERE client = ?", (offer.client,))
         self._db.execute("DELETE FROM offers WHERE client = ?", (offer.client,))
 
-    def _close_round(self, rounds: str) -> None:
+    def _close_round(self, rounds: Standing, since: int | None) -> None:
         self._put_rounds(rounds)
-        self._db.execute("DELETE FROM chunks")
-        self._db.execute("DELETE FROM offers")
+        # Comparison with nothing is not true: without `since`, none of them is kept.
+        self._db.execute("DELETE FROM offers WHERE version >= ? IS NOT TRUE", (since,))
+        self._db.execute("DELETE FROM chunks WHERE client NOT IN (SELECT client FROM offers)")
 
-    def _put_rounds(self, state: str) -> None:
-        self._db.execute("INSERT OR REPLACE INTO rounds VALUES (1, ?)", (state,))
+    def _put_rounds(self, rounds: Standing) -> None:
+        self._db.execute("INSERT OR REPLACE INTO rounds VALUES (1, ?)", (rounds.text,))
+        self._db.executemany(
+            "INSERT INTO members VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET row = excluded.row",
+            list(rounds.members.items()),
+        )
 
     def _put_event(self, event: Event | None) -> None:
         if event is not None:

@@ -15,8 +15,10 @@ from edge_runtime.lora.adapter import Adapter
 from edge_runtime.wire import bands, codec, update
 from edge_runtime.wire.guard import OPEN, Guard
 from edge_runtime.wire.messages import Band, Directive, Offer
+from edge_runtime.wire.sampling import FULL
 from edge_runtime.wire.transport import Transport
-from server import aggregators, engines, rounds
+from server import aggregators, engines, events
+from server import state as rounds
 from server.aggregators.method import Aggregator, State, Update, save_state
 from server.directing import ASKS
 from server.service import Service
@@ -116,7 +118,7 @@ class Subtree:
         self.above = above
         known = bands.join([codec.decode(payload) for payload in payloads])
         version = StoredVersion(above.version, save_state(State(known, Adapter({}), above.version)), above.bands)
-        self._service.open(rounds.Asked(above.round, above.version, last), version, list(payloads))
+        self._service.open(events.Asked(above.round, above.version, last), version, list(payloads))
 
     def complete(self, number: int) -> bool:
         """Whether all updates of this round are here that it waits for."""
@@ -138,7 +140,7 @@ class Subtree:
     def _asked(self, state: rounds.State, cut: tuple[Band, ...]) -> Directive:
         """What the fleet above asks for, in the words of this one."""
         own, phase = self._config, ASKS[state.phase]
-        everybody = own.rounds.fraction_train == 1.0 or phase != "train"
+        everybody = phase != "train" or state.sample.below == FULL
         facts = {
             "fleet": own.fleet.name,
             "run": state.run,
@@ -148,10 +150,11 @@ class Subtree:
             "base": state.base,
             "adapter": self.above.adapter.model_copy(update={"bits_up": update.bits_up(own.wire.codec_up)}),
             "bands": cut,
-            "participants": None if everybody else state.asked,
+            "sample": None if everybody else state.sample,
             "codec": own.wire.codec_up,
             "error_feedback": own.wire.error_feedback,
             "upload_bytes": own.wire.upload_bytes,
             "increments": True,
+            "max_staleness": 0,
         }
         return self.above.model_copy(update=facts)

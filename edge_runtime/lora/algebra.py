@@ -152,6 +152,12 @@ def signed(spectrum: Spectrum) -> Spectrum:
     return Spectrum(u * sign, spectrum.s, spectrum.vt * sign[:, None])
 
 
+def image(spectrum: Spectrum, x: Wide, start: int = 0) -> Wide:
+    """The product of the directions from `start` on with x (d_in, k); (d_out, k)."""
+    u, s, vt = spectrum.u[:, start:], spectrum.s[start:], spectrum.vt[start:]
+    return np.asarray(u @ (s[:, None] * (vt @ x)))
+
+
 def to_pair(spectrum: Spectrum, start: int = 0, stop: int | None = None) -> Pair:
     """Directions start..stop of a spectrum as a pair: a = c v^T with rows of norm c = ROW_NORM, b = u s / c.
 

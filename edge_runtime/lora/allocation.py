@@ -29,8 +29,11 @@ ALLOCATIONS = (UNIFORM, SPECTRUM)
 LEAST = 0.25
 """Share of its planned rank that a layer keeps in any case: where nothing was learnt yet, something may be."""
 
-WORTH_IT = 0.05
-"""Share by which the energy in the trained directions must grow for the ranks to change."""
+WORTH_IT = 0.25
+"""Share by which a direction must hold more energy for a number than one that is trained already, to take its place.
+
+It is asked of each exchange. Of all the energy that is trained, most is in the first few directions of each layer,
+which no allocation gives up: against that sum hardly any exchange would seem worth it."""
 
 
 def singular_values(pair: Pair) -> NDArray[np.float64]:
@@ -43,44 +46,43 @@ def ranks(slot: Slot, spectra: Spectra, before: Mapping[str, int] | None = None,
     """Layer → directions to train, of the layers that the slot trains.
 
     The sum of trained numbers is never above the slot's, and no layer trains more than it holds. Without a spectrum,
-    or where nothing more is held than trained, the slot's own ranks come back.
+    or where nothing more is held than trained, ranks stay as they were.
 
     Args:
         slot: the plan's.
         spectra: of what was received.
-        before: the ranks of the round before. They stay unless others hold WORTH_IT more energy, so that ranks, and
-            with them what the optimiser and the codec remember, do not change with every version.
+        before: the ranks of the round before, and at first the slot's own. A direction that they train is given up only
+            for one that holds WORTH_IT more, so that ranks, and with them what the optimiser and the codec remember,
+            do not change with every version.
         least: numbers that a factor keeps, where the plan had as many: with fewer, 8-bit moments are kept in 32 bits,
             and the plan's memory would not suffice.
     """
-    if all(not spectra[name].any() for name in slot.trained):
-        return dict(slot.trained)
-    found = _filled(slot, spectra, least)
-    held = _energy(found, spectra)
     kept = before if before is not None and _fits(before, slot) else slot.trained
-    return found if held > (1 + WORTH_IT) * _energy(kept, spectra) else dict(kept)
+    found = _filled(slot, spectra, kept, least)
+    # Where sizes differ, what is left at the end may be too little for a large direction that was given up.
+    return found if _energy(found, spectra) > _energy(kept, spectra) else dict(kept)
 
 
-def _filled(slot: Slot, spectra: Spectra, least: int) -> dict[str, int]:
+def _filled(slot: Slot, spectra: Spectra, kept: Mapping[str, int], least: int) -> dict[str, int]:
+    def entry(name: str) -> tuple[float, bool, int, str]:
+        rank, values = found[name], spectra[name]
+        energy = float(values[rank]) ** 2 if rank < len(values) else 0.0
+        new = rank >= kept[name]
+        return -energy * (1.0 if new else 1 + WORTH_IT) / sum(slot.shapes[name]), new, rank, name
+
     found = {name: _floor(slot, name, least) for name in slot.trained}
     left = _numbers(slot.trained, slot) - _numbers(found, slot)
-    # The most energy for a number first; where there is none to gain, the layer that has fewest directions.
-    waiting = [_entry(name, found[name], spectra, slot) for name in found]
+    # The most energy for a number first; where there is none to gain, what was trained, and then the layer with fewest.
+    waiting = [entry(name) for name in found]
     heapq.heapify(waiting)
     while waiting:
-        _, rank, name = heapq.heappop(waiting)
+        *_, name = heapq.heappop(waiting)
         size = sum(slot.shapes[name])
-        if rank >= slot.held[name] or size > left:
+        if found[name] >= slot.held[name] or size > left:
             continue
-        found[name], left = rank + 1, left - size
-        heapq.heappush(waiting, _entry(name, rank + 1, spectra, slot))
+        found[name], left = found[name] + 1, left - size
+        heapq.heappush(waiting, entry(name))
     return found
-
-
-def _entry(name: str, rank: int, spectra: Spectra, slot: Slot) -> tuple[float, int, str]:
-    values = spectra[name]
-    energy = float(values[rank]) ** 2 if rank < len(values) else 0.0
-    return -energy / sum(slot.shapes[name]), rank, name
 
 
 def _floor(slot: Slot, name: str, least: int) -> int:

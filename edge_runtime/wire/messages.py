@@ -18,6 +18,7 @@ from edge_runtime.lora.adapter import LayerSlot, Slot
 from edge_runtime.lora.factors import Factors, Private
 from edge_runtime.trainer import AdapterSpec, Training
 from edge_runtime.wire.blobs import BlobRef, as_ranges
+from edge_runtime.wire.sampling import FULL, number_of
 
 PROTOCOL: Final = 1
 MAX_MESSAGE_BYTES = 120 * 1024
@@ -64,12 +65,20 @@ class Band(Model):
     factor: Factors = "ab"
 
 
+class Sample(Model):
+    """Asks the devices whose number in the round is below `below`; see `edge_runtime.wire.sampling`."""
+
+    seed: int
+    below: Annotated[int, Field(ge=0, le=FULL)]
+
+
 class Directive(Model):
     """What the current round asks for. Retained, so a late device needs nothing from the server process.
 
     phase "gather": plan and say hello. "train": fetch the bands you hold, train, offer. "finish": fetch the bands,
-    make the personal adapter, report. `participants` None means everybody who said hello. `run` names one life of the
-    fleet: a server with a new store begins another. `increments` says whether an offer may be of that kind.
+    make the personal adapter, report. `sample` None means everybody who said hello. `run` names one life of the fleet:
+    a server with a new store begins another. `increments` says whether an offer may be of that kind. So many versions
+    behind this one as `max_staleness` says, an update still counts, and bands can still be fetched.
 
     An update has the factors `sent`; those that `training` trains and nobody sends have no effect on others. A factor
     that is `private` each device keeps for itself, from round to round, and has in the place of the fleet's.
@@ -87,17 +96,18 @@ class Directive(Model):
     adapter: AdapterSpec
     training: Training
     bands: tuple[Band, ...]
-    participants: tuple[Name, ...] | None = None
+    sample: Sample | None = None
     codec: str
     error_feedback: bool = False
     upload_bytes: Count | None = None
     increments: bool = False
+    max_staleness: Count = 0
     sent: Factors = "ab"
     private: Private = ""
 
     def asks(self, client: str) -> bool:
         """Whether this device takes part in the round."""
-        return self.participants is None or client in self.participants
+        return self.sample is None or number_of(self.sample.seed, self.round, client) < self.sample.below
 
 
 class Hello(Model):
@@ -286,7 +296,7 @@ def dump(message: Message) -> bytes:
     if len(payload) > MAX_MESSAGE_BYTES:
         raise TooLargeError(
             f"a control message has at most {MAX_MESSAGE_BYTES} bytes; this {message.type} has {len(payload)}; "
-            "use fewer target modules or participants"
+            "use fewer target modules"
         )
     return payload
 

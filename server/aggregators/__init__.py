@@ -26,6 +26,7 @@ from server.aggregators.raflora import raflora
 from server.aggregators.rbla import rbla
 from server.aggregators.robust import ROBUST
 from server.aggregators.robust.guarding import guarded
+from server.aggregators.robust.rule import Coordinatewise
 from server.aggregators.rolora import rolora
 from server.aggregators.row import Row
 from server.aggregators.svd import svd
@@ -146,19 +147,21 @@ def build(
         except (TypeError, ValueError) as error:
             raise ConfigError(f"[aggregator] {kind} '{name}': {error}") from error
     merging: Aggregator = built["method"]
-    if problem := _apart(merging, robust, optimizer):
+    if problem := _apart(merging, robust, built.get("robust rule"), optimizer):
         raise ConfigError(f"[aggregator] method '{method}' {problem}")
     if robust is not None:
         merging = guarded(merging, robust, built["robust rule"])
     return merging if optimizer is None else optimised(merging, built["server optimizer"])
 
 
-def _apart(method: Aggregator, robust: str | None, optimizer: str | None) -> str:
+def _apart(method: Aggregator, robust: str | None, rule: Any, optimizer: str | None) -> str:
     """Why a method whose factors do not travel together cannot be composed with that, or ''."""
     if method.private and robust is not None:
         return f"sees no products of updates, which robust = '{robust}' judges; leave that out, or take fedit"
     if not method.weighs and robust is not None:
         return f"weighs by norms, over which robust = '{robust}' has no say; leave that out, or take zero_pad"
+    if method.apart and isinstance(rule, Coordinatewise):
+        return f"needs a factor that stays as it is, and robust = '{robust}' makes both anew; take clip or krum with it"
     if method.beside and optimizer is not None:
         return f"has a frozen adapter, of which optimizer = '{optimizer}' knows nothing; take increment with it"
     if method.apart and optimizer is not None:

@@ -86,7 +86,7 @@ class LayerReport:
         norm: of the merged change.
         truncated: of what did not fit into the global rank (kept as the tail, where the method has one); exact where
             the sum was decomposed exactly, else as random probes show it.
-        lost: of what was dropped for good; likewise.
+        lost: of what was dropped for good; likewise. What a robust rule drops is counted as the most that it can be.
         bound: what `truncated` does not exceed.
         how: the way in which the sum was decomposed; see `edge_runtime.lora.sums`. Empty where nothing was.
         why: what decided that.
@@ -109,11 +109,14 @@ class Merged:
         state: the next one.
         layers: layer name → its report.
         excluded: client → why a robust rule left its update out.
+        counted: client → share of its change, of the squared norm, that lies among the entries which a rule left after
+            trimming; empty where none trimmed.
     """
 
     state: State
     layers: Mapping[str, LayerReport]
     excluded: Mapping[str, str] = field(default_factory=dict)
+    counted: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def truncation(self) -> float:

@@ -16,13 +16,16 @@ from edge_runtime.errors import AggregationError, ConfigError, CorruptPayloadErr
 from edge_runtime.gateway.reduction import Reduced, owing, reduce
 from edge_runtime.gateway.subtree import method_of
 from edge_runtime.lora.adapter import Adapter
+from edge_runtime.lora.algebra import scale
 from edge_runtime.wire import blobs, codec
 from edge_runtime.wire.messages import Offer, dump, load
 from server import aggregators, offers
 from server.aggregators.method import Merged, State, Update
 from server.fleet import Member
-from server.rounds import State as RoundsState
+from server.rows import Rows
 from server.slices import update_of
+from server.state import EVERYBODY
+from server.state import State as RoundsState
 from tests.runtime.said import hello
 from tests.server.life import policy
 from tests.server.merging import LAYER, SHAPES, Dense, dense, learnt_state, updates_from
@@ -150,6 +153,22 @@ def test_no_update_makes_no_increment() -> None:
         reduce(METHOD, [], NOTHING, rank=8, version=3)
 
 
+@pytest.mark.parametrize("rule", ["median", "trimmed_mean"])
+def test_a_rule_that_puts_one_change_in_the_place_of_all_does_so_at_a_site(rule: str) -> None:
+    """The site sends what its rule would make of the fleet, for the examples of those who counted."""
+    state, ruled = learnt_state(18), aggregators.build("increment", robust=rule)
+    updates = updates_from(state, METHOD, [3, 5, 2, 4, 4])
+    away = Adapter({name: scale(pair, 1e6) for name, pair in updates[1].trained.items()})
+    updates[1] = replace(updates[1], trained=away)
+    found = reduce(ruled, updates, NOTHING, rank=WIDE, version=3)
+    assert set(found.merged.excluded) == {"device-1"}
+    assert set(found.weights.values()) == {sum(update.weight for update in updates) - updates[1].weight}
+    moved = whole(METHOD.combine(state, [offered("site", found, found.increment)]).state)
+    wanted = whole(ruled.combine(state, updates).state)
+    for name in SHAPES:
+        assert np.linalg.norm(moved[name] - wanted[name]) < 1e-5 * norm_of(state)
+
+
 def test_whoever_a_rule_leaves_out_gives_the_sum_no_weight() -> None:
     state = learnt_state(8)
     updates = updates_from(state, METHOD, [4, 2, 3], weights=[10.0, 20.0, 5.0])
@@ -201,7 +220,7 @@ def test_weights_are_of_layers_of_the_update_and_at_most_its_examples(weights: t
 def test_a_fleet_without_increments_refuses_one() -> None:
     """A gateway does not join such a fleet; whoever offers one all the same is told why."""
     state = RoundsState(
-        run="one", phase="train", round=1, version=3, members={"g": Member(hello=hello("g"))}, asked=("g",)
+        run="one", phase="train", round=1, version=3, members=Rows({"g": Member(hello=hello("g"))}), sample=EVERYBODY
     )
     refused = offers.refusal(state, increment_offer(), policy())
     assert refused is not None

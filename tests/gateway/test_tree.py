@@ -85,6 +85,29 @@ def test_gateways_and_devices_may_share_a_root(folder: Path, wanted: Adapter) ->
     assert tree.root.delivered == {"c": 1, "d": 1, "e": 1}
 
 
+def test_sites_may_be_nested(folder: Path, wanted: Adapter) -> None:
+    """Two gateways in a row: the inner one is a device of the outer one's site, beside others."""
+    sites: Sites = {"north": SITES["north"], "far-north": SITES["south"]}
+    tree = Tree(folder, EXACT, sites, above={"far-north": "north"}, direct={})
+    tree.root.config = tree.root.config.model_copy(
+        update={"rounds": tree.root.config.rounds.model_copy(update={"min_available_nodes": 1})}
+    )
+    tree.run()
+    assert apart(tree.root.merged(), wanted) < 1e-4
+    assert tree.sites["far-north"].delivered == {"c": 1, "d": 1, "e": 1}
+    reduced = [record for record in tree.sites["north"].records if record["event"] == "reduce"]
+    assert {record["updates"] for record in reduced} == {3}, "two devices and a gateway"
+
+
+def test_a_site_with_more_examples_than_the_fleet_above_bears_is_refused_and_not_waited_for(folder: Path) -> None:
+    overrides = (*EXACT, "rounds.min_available_nodes=4", "server.max_examples=30")
+    tree = Tree(
+        folder, overrides, {"north": SITES["north"]}, direct=SITES["south"], below=("server.max_examples=99",)
+    ).run()  # fmt: skip
+    assert set(tree.root.merges()) == {(number, 3) for number in (1, 2, 3)}, "its devices have 40 examples together"
+    assert tree.sites["north"].delivered == {"a": 1, "b": 1}, "they finish with the fleet's adapter all the same"
+
+
 def test_a_coarse_codec_is_owed_and_not_lost(folder: Path, wanted: Adapter) -> None:
     """What int8 and a narrow increment drop of one round comes with the next."""
     tree = Tree(folder, ("wire.codec_up=int8", *EXACT[1:]), SITES, below=("wire.codec_up=fp32",)).run()
@@ -215,3 +238,26 @@ def test_a_site_whose_updates_make_no_increment_is_not_waited_for_for_ever(
     assert set(tree.root.merges()) == {(number, 1) for number in (1, 2, 3)}
     assert any("gives no increment: all updates are refused" in note for note in tree.sites["north"].notes)
     assert dict(tree.sites["north"].delivered) == {"a": 1, "b": 1}
+
+
+def test_a_root_that_waits_for_nobody_takes_increments_of_older_versions(folder: Path) -> None:
+    """A gateway needs more turns for a round than devices of the root: its increments come late, and count once."""
+    overrides = (*EXACT, "rounds.min_available_nodes=4", "rounds.num_rounds=12", "rounds.mode=buffered")
+    tree = Tree(
+        folder, (*overrides, "rounds.max_staleness=9"), {"north": SITES["north"]}, direct=SITES["south"],
+        below=("rounds.mode=synchronous",),
+    ).run()  # fmt: skip
+    updates = [record for record in tree.root.records if record["event"] == "update"]
+    assert max(record["age"] for record in updates if record["client"] == "north") >= 1
+    merged = dict(tree.root.merges())
+    assert sum(merged.values()) == len({record["n"] for record in updates})
+    assert tree.sites["north"].delivered == {"a": 1, "b": 1}
+    start, end = apart(tree.root.merged(0), tree.root.merged()), apart(tree.root.merged(11), tree.root.merged())
+    assert end < start / 5
+
+
+def test_a_site_does_not_fill_buffers(folder: Path) -> None:
+    tree = Tree(folder, EXACT, SITES, below=("rounds.mode=buffered",))
+    with pytest.raises(ConfigError, match="opened by the fleet above"):
+        tree.run()
+    tree.close()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.lora.adapter import Adapter, Pair
-from edge_runtime.lora.algebra import ROW_NORM, take
+from edge_runtime.lora.algebra import ROW_NORM, cut, take
 from edge_runtime.lora.slices import FRESH, LAST, POLICIES, choose, lay_out, slice_of
 from tests.strategies import gaussian, laws
 
@@ -50,6 +50,38 @@ def test_a_policy_names_as_many_directions_as_are_trained_and_both_ends_see_the_
     for same in (found.before[LAYER], take(found.seen[LAYER], found.rows[LAYER])):
         assert np.array_equal(same.a, slice_.a)
         assert np.array_equal(same.b, slice_.b)
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+@laws
+@given(st.integers(1, 12), st.data())
+def test_whoever_holds_more_sees_the_same_slice_in_the_same_directions(
+    name: str, most: int, data: st.DataObject
+) -> None:
+    """What a device holds is the first part of what others hold; its numbers mean the same to them and the server."""
+    rank = data.draw(st.integers(1, most))
+    whole = held(most, empty=data.draw(st.integers(0, most)))
+    received = Adapter({LAYER: cut(whole[LAYER], rank)})
+    version = data.draw(st.integers(0, 30))
+    numbers = chosen(name, received, data.draw(st.integers(1, rank)), version)
+    small, large = (lay_out(of, {LAYER: numbers}, version).before[LAYER] for of in (received, whole))
+
+    assert np.array_equal(small.a, large.a)
+    assert np.array_equal(small.b, large.b)
+
+
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"rotating"}))
+@laws
+@given(st.integers(1, 12), st.data())
+def test_whoever_trains_fewer_directions_trains_those_that_others_train_too(
+    name: str, rank: int, data: st.DataObject
+) -> None:
+    """Of devices that hold the same, and whose data say the same. A window is the exception: its start moves by r."""
+    received = held(rank, empty=data.draw(st.integers(0, rank)))
+    many = data.draw(st.integers(1, rank // 2 if name == "fresh" and rank > 1 else rank))
+    few = data.draw(st.integers(1, many))
+
+    assert set(chosen(name, received, few)) <= set(chosen(name, received, many))
 
 
 def test_the_first_version_has_no_spectrum_and_every_policy_but_last_takes_the_first_directions() -> None:

@@ -24,8 +24,8 @@ from edge_runtime.wire.messages import Accepted, dump
 from edge_runtime.wire.transport import Delivery, Transport, matches
 from server.guard import ServerGuard
 from server.roster import RosterFile
-from server.rounds import State
 from server.service import Service
+from server.state import State
 from server.store import Store
 from tests.provision.conftest import FLEET, Secured, taken
 from tests.runtime.toy import ToyTrainer, targets

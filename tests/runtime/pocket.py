@@ -115,7 +115,9 @@ def check_step(before: State, event: Event, after: State, actions: list[Action])
     for action in actions:
         match action:
             case Train(asked):
-                assert asked == after.directive
+                newest = after.directive
+                assert newest is not None
+                assert asked == newest or 0 < newest.version - asked.version <= newest.max_staleness
                 assert asked.asks("a")
                 assert asked.round > after.settled
                 assert after.outbox is None

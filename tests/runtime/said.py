@@ -7,7 +7,8 @@ from typing import Any
 from edge_runtime.lora.adapter import LayerSlot, Slot
 from edge_runtime.trainer import AdapterSpec, Training
 from edge_runtime.wire import blobs
-from edge_runtime.wire.messages import Directive, Hello, Offer, Report, group
+from edge_runtime.wire.messages import Directive, Hello, Offer, Report, Sample, group
+from edge_runtime.wire.sampling import number_of
 
 SPEC = AdapterSpec(
     family="lora",
@@ -62,8 +63,19 @@ def report(client: str, state: Any, **facts: Any) -> Report:
     return Report(client=client, state=state, round=1, **facts)
 
 
-def directive(phase: Any = "train", round_number: int = 1, **changes: Any) -> Directive:
-    """What a round asks for, from everybody."""
+def sample(round_number: int, *asked: str, among: str = "abcdefgh") -> Sample:
+    """A sample that asks these devices in that round, and no others of those with one letter."""
+    for seed in range(100_000):
+        order = sorted(among, key=lambda name: number_of(seed, round_number, name))
+        if set(order[: len(asked)]) == set(asked):
+            return Sample(seed=seed, below=number_of(seed, round_number, order[len(asked)]))
+    raise AssertionError(asked)
+
+
+def directive(phase: Any = "train", round_number: int = 1, *, asked: str | None = None, **changes: Any) -> Directive:
+    """What a round asks for, from everybody or from those whose letters are given."""
+    if asked is not None:
+        changes["sample"] = sample(round_number, *asked)
     facts: dict[str, Any] = {
         "fleet": "fleet",
         "run": "one",

@@ -20,7 +20,8 @@ from edge_runtime.agent import (
     Settle,
     Train,
 )
-from edge_runtime.wire.messages import Directive, Need, Offer, Rejected
+from edge_runtime.wire import blobs
+from edge_runtime.wire.messages import Band, Directive, Need, Offer, Rejected
 from tests.runtime.pocket import OTHER_SPEC, WELCOME, Device, reply_to
 from tests.runtime.said import SPEC, TRAINING, directive, hello, offer
 
@@ -71,8 +72,8 @@ def test_nothing_is_said_or_done_before_there_is_a_directive() -> None:
 
 def test_a_device_that_is_not_asked_waits() -> None:
     device = joined()
-    assert device.happen(Received(directive("train", 1, participants=("b", "c")))) == []
-    asked = directive("train", 2, participants=("a", "c"))
+    assert device.happen(Received(directive("train", 1, asked="bc"))) == []
+    asked = directive("train", 2, asked="ac")
     assert device.happen(Received(asked)) == [Fetch(asked)]
 
 
@@ -173,10 +174,50 @@ def test_a_fetch_is_given_up_when_the_fleet_moves_on() -> None:
     assert device.complete() == [Train(moved)]
 
 
+def band(version: int, chunk_bytes: int = 64) -> Band:
+    return Band(start=0, stop=4, blob=blobs.describe(f"band of {version}".encode(), chunk_bytes))
+
+
+def test_a_fetch_goes_on_while_updates_of_its_version_count() -> None:
+    """A slow device would never have a version whole, if it began anew with each."""
+    device = joined()
+    first = directive("train", 1, max_staleness=2, bands=(band(0),))
+    assert device.happen(Received(first)) == [Fetch(first)]
+    for number in (2, 3):
+        assert device.happen(Received(directive("train", number, max_staleness=2, bands=(band(number - 1),)))) == []
+    assert device.happen(Fetched(0)) == [Train(first)]
+    [said] = device.complete()
+    assert isinstance(said, Say)
+    update = said.message
+    assert isinstance(update, Offer)
+    assert (update.round, update.version) == (1, 0)
+    [settled, fetch] = device.happen(Received(reply_to(update, "accepted")))
+    assert settled == Settle(1)
+    assert isinstance(fetch, Fetch)
+    assert fetch.directive.round == 3
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [
+        directive("train", 4, max_staleness=2, bands=(band(3),)),
+        directive("train", 2, max_staleness=2, bands=(band(1, 32),)),
+        directive("train", 2, max_staleness=0, bands=(band(1),)),
+        directive("finish", 2, max_staleness=2, bands=(band(1),)),
+    ],
+    ids=["out of reach", "cut into other chunks", "of a fleet that waits", "the end"],
+)
+def test_a_fetch_of_what_counts_no_more_or_may_never_come_begins_anew(moved: Directive) -> None:
+    device = joined()
+    device.happen(Received(directive("train", 1, max_staleness=2, bands=(band(0),))))
+    assert device.happen(Received(moved)) == [Fetch(moved)]
+    assert device.happen(Fetched(0)) == []
+
+
 def test_a_fetch_is_given_up_when_the_fleet_moves_on_without_us() -> None:
     device = joined()
     device.happen(Received(directive("train", 1)))
-    assert device.happen(Received(directive("train", 2, participants=("b",)))) == []
+    assert device.happen(Received(directive("train", 2, asked="b"))) == []
     again = directive("train", 3)
     assert device.happen(Received(again)) == [Fetch(again)]
 
@@ -184,7 +225,7 @@ def test_a_fetch_is_given_up_when_the_fleet_moves_on_without_us() -> None:
 def test_what_was_fetched_is_not_trained_if_we_are_no_longer_asked() -> None:
     device = joined()
     device.happen(Received(directive("train", 1)))
-    device.happen(Received(directive("train", 1, participants=("b",))))
+    device.happen(Received(directive("train", 1, asked="b")))
     assert device.complete() == []
 
 

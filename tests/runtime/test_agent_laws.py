@@ -27,7 +27,8 @@ directives = st.builds(
     run=st.sampled_from(["one", "one", "one", "two"]),
     adapter=st.sampled_from([SPEC, SPEC, OTHER_SPEC]),
     base=st.sampled_from([BASE, BASE, "c" * 64]),
-    participants=st.sampled_from([None, None, ("a", "b"), ("b",)]),
+    asked=st.sampled_from([None, None, "ab", "b"]),
+    max_staleness=st.sampled_from([0, 0, 2]),
 )
 replies = st.sampled_from(["need", "accepted", "round-closed", "corrupt", "too-large", "unknown-client"])
 happenings = st.lists(

@@ -12,7 +12,7 @@ from edge_runtime.wire import signing, topics
 from edge_runtime.wire.guard import DeviceGuard
 from edge_runtime.wire.keys import SigningKey
 from edge_runtime.wire.ledger import Ledger
-from edge_runtime.wire.messages import Accepted, Message, Offer, Presence, Rejected, dump, load
+from edge_runtime.wire.messages import Accepted, Directive, Message, Offer, Presence, Rejected, dump, load
 from tests.runtime.desk import FLEET, NAME, WELCOME, Desk, adapter, of
 from tests.runtime.fleets import PAIR, calm, fleet_in
 from tests.runtime.said import directive
@@ -169,4 +169,4 @@ def test_a_signed_fleet_merges_what_an_open_one_does_though_its_processes_are_ki
     assert fleet.merged().digest() == calm()[0]
     assert len(fleet.kills) == 5
     assert all(b'"sig"' in payload for topic, payload in fleet.broker.retained.items() if "/blob/" not in topic)
-    assert load(fleet.broker.retained[ROUND])
+    assert isinstance(load(fleet.broker.retained[ROUND]), Directive)

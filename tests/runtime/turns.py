@@ -25,9 +25,9 @@ from edge_runtime.trainer import Delivered
 from edge_runtime.wire.guard import OPEN, Guard
 from edge_runtime.wire.memory import MemoryBroker, MemoryTransport
 from edge_runtime.wire.transport import Delivery
-from server import rounds
-from server.aggregators.method import State, load_state
+from server.aggregators import method
 from server.service import Service
+from server.state import State
 from server.store import Store
 from tests.runtime.toy import ToyTrainer
 
@@ -49,6 +49,8 @@ READS = {
     "fact",
     "band",
     "staged",
+    "staged_bytes",
+    "members",
     "have",
     "norms",
     "unrecorded",
@@ -253,7 +255,7 @@ class Fleet:
         self.operations: dict[str, list[str]] = {}
         self.kills: list[str] = []
         self.with_will = True
-        self.state: rounds.State | None = None
+        self.state: State | None = None
         self._makers, self._stutter = devices, stutter
         self._fuses = {name: list(numbers) for name, numbers in (fuses or {}).items()}
         self.seats: dict[str, Seat] = {}
@@ -319,14 +321,13 @@ class Fleet:
         """The global adapter of a version, or the last."""
         return self.stored(version).adapter
 
-    def stored(self, version: int | None = None) -> State:
+    def stored(self, version: int | None = None) -> method.State:
         """The method's state of a version, or the last."""
-        number = self.config.rounds.num_rounds if version is None else version
         with self.store() as store:
-            stored = store.version(number)
+            stored = store.version(self.config.rounds.num_rounds if version is None else version)
         if stored is None:
-            raise AssertionError(f"version {number} is not in the store")
-        return load_state(stored.state)
+            raise AssertionError(f"version {version} is not in the store")
+        return method.load_state(stored.state)
 
     def merges(self) -> list[tuple[int, int]]:
         """(round, updates merged into each layer that was trained), as they were recorded."""

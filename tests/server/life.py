@@ -6,9 +6,8 @@ import math
 from typing import Any
 
 from edge_runtime.wire.messages import Accepted, Hello, Offer, Rejected, Report, Welcome, group
-from server import rounds
-from server.policy import Policy
-from server.rounds import (
+from server import rounds, standing
+from server.events import (
     Action,
     Announce,
     Event,
@@ -21,10 +20,11 @@ from server.rounds import (
     Refused,
     Reply,
     Stage,
-    State,
     Stored,
     Tick,
 )
+from server.policy import Policy
+from server.state import State, recounted
 from tests.runtime.said import BASE, hello, offer, report, slot
 
 CLIENTS = ("a", "b", "c", "d")
@@ -57,6 +57,8 @@ class Life:
         self.staged: list[Offer] = []
         self.pending_merge = 0
         self.trace: list[tuple[str, list[Action]]] = []
+        self.versions: dict[int, int] = {}
+        self.accepted: list[tuple[str, int]] = []
         self.state, actions = rounds.begin("one", BASE, self.now)
         self.note(actions)
 
@@ -88,12 +90,18 @@ class Life:
         assert rounds.step(before, event, self.now, self.rules) == (after, actions), "the same gives the same"
         check_step(before, event, after, actions, self.now, self.rules)
         self.state = after
+        self.versions[after.round] = after.version
+        if isinstance(event, Stored) and after.filled > before.filled:
+            self.accepted.append((event.offer.client, event.offer.round))
+            assert len(set(self.accepted)) == len(self.accepted), "nothing is merged twice"
+            assert after.version - event.offer.version <= self.rules.reach
         self.note(actions)
         return actions
 
     def restart(self) -> None:
         self.pending_merge = 0
-        self.state, actions = rounds.resume(State.model_validate_json(self.state.model_dump_json()), self.now)
+        written = standing.dump(self.state)
+        self.state, actions = rounds.resume(standing.load(written.text, written.members.items()), self.now)
         self.note(actions)
 
     def merge_done(self) -> None:
@@ -101,9 +109,10 @@ class Life:
         self.happen(MergeDone(self.state.version + 1))
 
     def current(self, client: str, round_number: int | None = None, **changes: Any) -> Offer:
-        """An offer trained from the version that is current."""
+        """An offer of a round, the open one if none is said, trained from the version that was current then."""
         number = max(1, self.state.round if round_number is None else round_number)
-        return offer(client, number, **changes).model_copy(update={"version": self.state.version})
+        version = self.versions.get(number, self.state.version)
+        return offer(client, number, **changes).model_copy(update={"version": version})
 
     def merge_refused(self) -> None:
         self.pending_merge = 0
@@ -174,28 +183,61 @@ def check_step(
         assert after.version == event.version
     else:
         assert after.version == before.version
+    if rules.mode == "buffered":
+        assert after.filled >= before.filled or after.round != before.round or after.phase == "finish"
     if after.round == before.round and after.phase != "finish":
         assert before.stored.items() <= after.stored.items(), "a stored update is lost"
     assert set(after.stored) >= set(before.stored) or isinstance(event, MergeDone | MergeRefused)
     assert set(after.asked) <= set(after.members)
     assert list(after.asked) == sorted(set(after.asked))
+    assert recounted(after).tally == after.tally, "what is counted as it goes is what there is"
+    assert after.tally.asked == len(after.asked)
+    assert after.tally.late == len(after.late)
     if (after.phase, after.round) != (before.phase, before.round) and after.phase != "merging":
-        assert Announce() in actions, "devices must hear where the fleet stands"
+        assert announced(actions), "devices must hear where the fleet stands"
     for action in actions:
         if isinstance(action, Merge):
             check_merge(before, after, action, now, rules)
-    check_answers(event, after, actions)
+    check_answers(before, event, after, actions)
+
+
+def announced(actions: list[Action]) -> bool:
+    """Whether the fleet is told where it stands."""
+    return any(isinstance(action, Announce) for action in actions)
 
 
 def check_merge(before: State, after: State, action: Merge, now: float, rules: Policy) -> None:
     assert (after.phase, after.round, before.phase) == ("merging", action.round, "train")
-    assert after.stored
     stalled = now - before.progress_at > rules.progress_timeout
-    enough = max(1, math.ceil(rules.quorum * len(after.asked)))
-    assert set(after.asked) <= set(after.stored) or (stalled and len(after.stored) >= enough)
+    if not after.filled:
+        here = [member for member in after.members.values() if member.online and member.ended is None]
+        assert stalled
+        assert here
+        assert not after.asked
+        return
+    asked = max(1, len(after.asked))
+    if rules.mode == "buffered":
+        needed = rules.buffer_size or math.ceil(asked / 2)
+        assert needed > 1 or after.filled == 1, "a full buffer waits for nobody"
+    else:
+        needed = after.needed or asked
+        assert len(after.stored) == after.filled
+    enough = max(1, math.ceil(rules.quorum * min(needed, asked)))
+    all_there = set(after.asked) <= set(after.stored)
+    full = (rules.mode == "buffered" or after.needed > 0) and after.filled >= needed
+    assert all_there or full or (stalled and after.filled >= enough)
 
 
-def check_answers(event: Event, after: State, actions: list[Action]) -> None:
+def takes(before: State, after: State, kept: Offer) -> bool:
+    """Whether the open round has this update now, and did not have it before."""
+    known = after.members[kept.client]
+    if after.round == before.round and after.phase in {"train", "merging"}:
+        assert after.filled - before.filled in {0, 1}
+        return after.filled > before.filled and (known.delivered, known.sha256) == (kept.round, kept.blob.sha256)
+    return False
+
+
+def check_answers(before: State, event: Event, after: State, actions: list[Action]) -> None:
     """Whoever says hello or makes an offer hears exactly one answer, or is asked for the chunks."""
     answers = [action for action in actions if isinstance(action, Reply | Stage)]
     match event:
@@ -213,6 +255,12 @@ def check_answers(event: Event, after: State, actions: list[Action]) -> None:
                 assert isinstance(answer.message, Accepted | Rejected)
                 assert answer.message.sha256 == said.blob.sha256
         case Stored(kept):
-            assert Reply(kept.client, Accepted(sha256=kept.blob.sha256, round=kept.round)) in actions
+            [answer] = answers
+            assert isinstance(answer, Reply)
+            assert answer.client == kept.client
+            known = before.members[kept.client]
+            again = (known.delivered, known.sha256) == (kept.round, kept.blob.sha256)
+            accepted = answer.message == Accepted(sha256=kept.blob.sha256, round=kept.round)
+            assert accepted == (again or takes(before, after, kept)), "accepted is what is merged, and nothing else"
         case _:
             pass

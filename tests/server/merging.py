@@ -271,6 +271,8 @@ JUDGED = sorted(
     name for name in aggregators.METHODS if not aggregators.build(name).private and aggregators.build(name).weighs
 )
 """Methods whose updates have products and count by their weights, so that a rule can judge them."""
+RULED = sorted(name for name in JUDGED if not aggregators.build(name).apart)
+"""Methods that any rule may stand before: none of their factors must stay as it is."""
 STEPPED = sorted(
     name for name in aggregators.METHODS if not aggregators.build(name).apart and not aggregators.build(name).beside
 )

@@ -15,7 +15,7 @@ from edge_runtime.errors import ConfigError
 from edge_runtime.wire import blobs
 from edge_runtime.wire.messages import Band, Rejected
 from server import backup
-from server.store import FILE, Store, StoredVersion
+from server.store import FILE, Standing, Store, StoredVersion
 from tests.runtime.fleets import BRISK, PAIR, fleet_in
 from tests.runtime.said import offer
 from tests.server.bench import Bench, Hand, accepted, training
@@ -41,9 +41,11 @@ def test_a_backup_is_one_moment_of_a_store_that_is_written_to_all_the_time(tmp_p
         number += 1
         payload = f"band of {number}".encode() * 500
         band = Band(start=0, stop=4, blob=blobs.describe(payload))
-        store.accept(offer("a", number, payload=b"abcd"), b"abcd", f'{{"round": {number}}}')
+        store.accept(offer("a", number, payload=b"abcd"), b"abcd", Standing(f'{{"round": {number}}}'))
         store.save_version(
-            StoredVersion(number, b"state" * 100, (band,)), [payload], f'{{"round": {number}, "phase": "train"}}'
+            StoredVersion(number, b"state" * 100, (band,)),
+            [payload],
+            Standing(f'{{"round": {number}, "phase": "train"}}'),
         )
     copying.join()
     store.close()
@@ -145,7 +147,7 @@ def test_restoring_refuses_what_would_lose_something(make: Callable[..., Bench],
 )
 def test_what_is_no_backup_is_refused_and_leaves_the_store_alone(tmp_path: Path, content, message) -> None:
     store = Store(tmp_path / "store")
-    store.save_rounds("here")
+    store.save_rounds(Standing("here"))
     store.close()
     file = tmp_path / "file"
     if content is not None:

@@ -1,58 +1,10 @@
-"""Who may join, and whom a round asks."""
+"""Who may join."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-
-from hypothesis import given
-from hypothesis import strategies as st
-
 from edge_runtime.wire.messages import group
-from server.fleet import Member, admit, choose, ranking
+from server.fleet import Member, admit
 from tests.runtime.said import BASE, hello, slot
-
-names = st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=1, max_size=6)
-fleets = st.dictionaries(names, st.booleans(), max_size=12).map(
-    lambda online: {name: Member(hello=hello(name), online=there) for name, there in online.items()}
-)
-fractions = st.floats(0.01, 1.0)
-
-
-@given(fleets, fractions, st.integers(0, 99), st.integers(0, 99))
-def test_a_round_asks_the_fraction_of_those_online(
-    members: dict[str, Member], fraction: float, number: int, seed: int
-) -> None:
-    asked = choose(members, fraction, number, seed)
-    online = {name for name, member in members.items() if member.online}
-    assert set(asked) <= online
-    assert list(asked) == sorted(set(asked))
-    assert len(asked) == (max(1, math.ceil(fraction * len(online))) if online else 0)
-
-
-@given(fleets, fractions, st.integers(0, 99), st.integers(0, 99), st.randoms())
-def test_every_server_that_knows_the_same_members_asks_the_same(members, fraction, number, seed, random) -> None:
-    shuffled = list(members.items())
-    random.shuffle(shuffled)
-    assert choose(dict(shuffled), fraction, number, seed) == choose(members, fraction, number, seed)
-
-
-@given(fleets, st.integers(0, 99), st.integers(0, 99))
-def test_a_larger_fraction_asks_the_same_devices_and_more(members: dict[str, Member], number: int, seed: int) -> None:
-    order = ranking(members, number, seed)
-    for fraction in (0.2, 0.5, 1.0):
-        asked = choose(members, fraction, number, seed)
-        assert set(asked) == set(order[: len(asked)])
-
-
-def test_turns_change_from_round_to_round_and_come_to_everybody() -> None:
-    members = {f"device-{index}": Member(hello=hello(f"device-{index}")) for index in range(8)}
-    turns = [choose(members, 0.25, number, seed=0) for number in range(200)]
-    counts = Counter(name for asked in turns for name in asked)
-    assert len(set(turns)) > 8
-    assert set(counts) == set(members)
-    assert min(counts.values()) > 20, "of 50 expected"
-    assert turns != [choose(members, 0.25, number, seed=1) for number in range(200)]
 
 
 def test_another_base_model_is_refused_with_both_fingerprints() -> None:

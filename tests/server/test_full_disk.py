@@ -18,7 +18,7 @@ from edge_runtime.wire.ledger import Ledger
 from edge_runtime.wire.messages import Offer, Rejected, Report
 from server import backup
 from server.shortage import RETRY_SECONDS
-from server.store import Store
+from server.store import Standing, Store
 from tests.runtime.said import hello, offer
 from tests.server.bench import Bench, Hand, accepted, training
 from tests.server.secrets import Secrets
@@ -106,7 +106,7 @@ def test_a_start_and_a_session_that_begins_while_the_disk_is_full_end_no_server(
 ) -> None:
     first, second = training(bench)
 
-    def full(*_arguments: object) -> None:
+    def full(*_arguments: object, **_facts: object) -> None:
         raise DiskFullError("no room on the disk")
 
     turns = iter(["lose", "listen", "stop"])
@@ -153,7 +153,7 @@ def test_a_merge_that_does_not_fit_is_made_when_there_is_room(bench: Bench, monk
     first, second = training(bench)
     first.deliver(*first.train())
 
-    def full(*_arguments: object) -> None:
+    def full(*_arguments: object, **_facts: object) -> None:
         raise DiskFullError("no room on the disk")
 
     with monkeypatch.context() as patch:
@@ -208,7 +208,9 @@ def test_a_store_on_a_disk_that_is_really_full_keeps_all_that_it_said_it_has(sma
     full: DiskFullError | None = None
     while full is None and stored < 1000:
         try:
-            store.accept(offer("a", stored + 1, payload=b"abcd"), os.urandom(20_000), json.dumps({"round": stored + 1}))
+            store.accept(
+                offer("a", stored + 1, payload=b"abcd"), os.urandom(20_000), Standing(json.dumps({"round": stored + 1}))
+            )
             stored += 1
         except DiskFullError as error:
             full = error
@@ -216,7 +218,7 @@ def test_a_store_on_a_disk_that_is_really_full_keeps_all_that_it_said_it_has(sma
     assert 5 < stored < 999
     for _ in range(3):
         with pytest.raises(DiskFullError):
-            store.accept(offer("a", stored + 1, payload=b"abcd"), os.urandom(400_000), "{}")
+            store.accept(offer("a", stored + 1, payload=b"abcd"), os.urandom(400_000), Standing("{}"))
         assert store.rounds() == json.dumps({"round": stored})
     with pytest.raises(DiskFullError, match="no room"):
         backup.backup(small_disk / "store", small_disk / "copy")

@@ -70,6 +70,7 @@ def test_the_server_of_fedsa_lora_never_has_a_model() -> None:
     [
         ("fedsa_lora", {"robust": "krum"}, "no products of updates, which robust = 'krum' judges"),
         ("ffa_lora", {"optimizer": "adam"}, "needs a factor that stays as it is, and optimizer = 'adam'"),
+        ("rolora", {"robust": "median"}, "robust = 'median' makes both anew"),
         ("rolora", {"optimizer": "yogi"}, "take fedit"),
     ],
 )

@@ -25,11 +25,11 @@ from server.aggregators.robust.geometry import increments, squared_distances
 from server.aggregators.robust.krum import scores
 from tests.runtime.toy import optimum
 from tests.server.bench import GOAL, Bench, Hand, training
-from tests.server.merging import JUDGED, LAYER, SHAPES, STEPPED, dense, learnt_state, model, updates_from
+from tests.server.merging import JUDGED, LAYER, RULED, SHAPES, STEPPED, dense, learnt_state, model, updates_from
 from tests.strategies import gaussian
 
 every_rule = pytest.mark.parametrize("rule", sorted(ROBUST))
-every_method = pytest.mark.parametrize("name", JUDGED)
+every_method = pytest.mark.parametrize("name", RULED)
 seeds = st.integers(0, 2**16)
 RANKS = (2, 3, 8, 4, 8, 2, 5, 8, 6, 4)
 """Ten devices; three of them may be bad."""
@@ -157,6 +157,8 @@ def bound(rule: str, spread: tuple[Vector, float, float, float]) -> float:
         "multi_krum": krum,
         "geometric_median": 2 * (count - BAD) / (count - 2 * BAD) * radius,
         "clip": 2 * longest,
+        "trimmed_mean": float(np.sqrt(count - BAD)) * radius,
+        "median": float(np.sqrt((count - BAD) / (count / 2 - BAD))) * radius,
     }[rule]
 
 
@@ -257,7 +259,7 @@ def test_the_geometric_median_is_where_no_step_leads_nearer(seed: int) -> None:
     assert sum(weights.values()) == pytest.approx(1.0)
 
 
-@every_method
+@pytest.mark.parametrize("name", JUDGED)
 @settings(max_examples=10, deadline=None)
 @given(seed=seeds, factor=st.sampled_from([0.0, 0.25, 1.0]))
 def test_a_scaled_update_has_the_scaled_increment(name: str, seed: int, factor: float) -> None:
@@ -315,7 +317,7 @@ def test_a_layer_that_too_few_devices_trained_stays_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"robust": "mean"}, "unknown robust rule 'mean'; expected one of: clip, geometric_median, krum, multi_krum"),
+        ({"robust": "mean"}, "unknown robust rule 'mean'; expected one of: clip, geometric_median, krum, median, "),
         ({"robust": "krum", "byzantine": -1}, "robust rule 'krum': aggregator.byzantine must be a whole number"),
         ({"robust": "krum", "byzantine": 1.5}, "found 1.5"),
         ({"robust": "clip", "ratio": float("nan")}, "aggregator.ratio must be positive"),
@@ -349,7 +351,10 @@ def learnt(bench: Bench, hands: Sequence[Hand], attacker: str) -> float:
     return float(sum(np.sum((found[name].product() - wanted) ** 2) for name, wanted in goal.items()))
 
 
-def test_a_fleet_with_an_attacker_names_it_and_learns_what_the_honest_want(make: Callable[..., Bench]) -> None:
+@pytest.mark.parametrize("rule", ["multi_krum", "trimmed_mean"])
+def test_a_fleet_with_an_attacker_names_it_and_learns_what_the_honest_want(
+    rule: str, make: Callable[..., Bench]
+) -> None:
     names = dict.fromkeys("abcde", 4) | {"evil": 4}
     overrides: tuple[str, ...] = (
         "rounds.num_rounds=6",
@@ -362,7 +367,7 @@ def test_a_fleet_with_an_attacker_names_it_and_learns_what_the_honest_want(make:
     attacked = learnt(plain, training(plain, names), "evil")
     plain.store.close()
     plain.folder /= "guarded"
-    bench = Bench(plain.folder, *overrides, "training.max_steps=20", "aggregator.robust=multi_krum")
+    bench = Bench(plain.folder, *overrides, "training.max_steps=20", f"aggregator.robust={rule}")
     guarded = learnt(bench, training(bench, names), "evil")
     merges = [record for record in bench.records if record["event"] == "merge"]
     assert [set(merge["excluded"]) for merge in merges] == [{"evil"}] * len(merges)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from edge_runtime.wire.messages import Accepted, Hello, Message, Offer, Rejected, Welcome, group
+from edge_runtime.wire.sampling import number_of
 from server import rounds
-from server.offers import MAX_CHUNKS
-from server.rounds import (
+from server.events import (
     Action,
     Announce,
     Heard,
@@ -24,8 +24,9 @@ from server.rounds import (
     Stored,
     Tick,
 )
+from server.offers import MAX_CHUNKS
 from tests.runtime.said import BASE, hello, offer, report, slot
-from tests.server.life import TIMEOUT, Life, policy
+from tests.server.life import TIMEOUT, Life, announced, policy
 
 
 def training(clients: Iterable[str] = "abc", **rules: Any) -> Life:
@@ -59,10 +60,6 @@ def code(life: Life, said: Hello | Offer) -> str:
 def later(life: Life, seconds: float) -> list[Action]:
     life.now += seconds
     return life.happen(Tick())
-
-
-def announced(actions: list[Action]) -> bool:
-    return Announce() in actions
 
 
 def test_the_first_round_begins_once_enough_devices_are_online() -> None:
@@ -276,14 +273,16 @@ def test_a_refusal_of_a_late_update_does_not_excuse_the_device_from_the_open_rou
     assert life.asked == "ab"
 
 
-def test_an_update_that_completes_after_its_round_closed_is_accepted_but_belongs_to_no_other_round() -> None:
+def test_an_update_that_completes_after_its_round_closed_is_refused_and_belongs_to_no_other_round() -> None:
     life = training("ab", quorum=0.5)
     late = offer("b")
     life.happen(Heard(late))
     deliver(life, "a")
     later(life, TIMEOUT + 1)
     life.merge_done()
-    assert Reply("b", Accepted(sha256=late.blob.sha256, round=1)) in life.happen(Stored(late))
+    [reply] = [action for action in life.happen(Stored(late)) if isinstance(action, Reply)]
+    assert isinstance(reply.message, Rejected)
+    assert (reply.client, reply.message.code) == ("b", "round-closed")
     assert life.state.stored == {}
 
 
@@ -291,10 +290,19 @@ def test_whoever_joins_late_is_asked_in_a_round_that_asks_everybody() -> None:
     life = training("ab")
     life.happen(Heard(hello("c")))
     assert life.asked == "abc"
-    chosen = training("abcd", fraction_train=0.5)
-    asked = chosen.state.asked
-    chosen.happen(Heard(hello("e")))
-    assert chosen.state.asked == asked
+
+
+def test_whoever_joins_late_is_asked_in_a_round_that_asks_a_few_if_its_number_is_one_of_theirs() -> None:
+    """The directive cannot leave it out, for it names nobody; so it is waited for as well."""
+    asked = set()
+    for client in "efghijkl":
+        chosen = training("abcd", fraction_train=0.5)
+        before, sample = chosen.state.asked, chosen.state.sample
+        chosen.happen(Heard(hello(client)))
+        below = number_of(sample.seed, 1, client) < sample.below
+        assert chosen.state.asked == (tuple(sorted((*before, client))) if below else before)
+        asked.add(below)
+    assert asked == {True, False}
 
 
 def test_whoever_was_offline_when_the_round_began_takes_part_when_it_is_back() -> None:

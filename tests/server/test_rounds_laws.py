@@ -5,24 +5,30 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.events import Heard, PresenceChanged, Stage, Stored, Tick
 from server.policy import Policy
-from server.rounds import (
-    Heard,
-    PresenceChanged,
-    Stage,
-    Stored,
-    Tick,
-)
 from tests.runtime.said import hello, report
 from tests.server.life import CLIENTS, TIMEOUT, Life, policy
 
-policies = st.builds(
+synchronous = st.builds(
     policy,
     num_rounds=st.integers(1, 3),
     min_available_nodes=st.integers(1, 3),
     fraction_train=st.sampled_from([0.3, 0.5, 1.0]),
     quorum=st.sampled_from([0.3, 0.5, 1.0]),
+    over_select=st.sampled_from([1.0, 1.5]),
 )
+buffered = st.builds(
+    policy,
+    mode=st.just("buffered"),
+    num_rounds=st.integers(1, 5),
+    min_available_nodes=st.integers(1, 3),
+    fraction_train=st.sampled_from([0.5, 1.0, 1.0]),
+    quorum=st.sampled_from([0.5, 1.0]),
+    buffer_size=st.sampled_from([None, 1, 2, 3, 9]),
+    max_staleness=st.integers(0, 3),
+)
+policies = synchronous | buffered
 
 moves = st.lists(
     st.tuples(

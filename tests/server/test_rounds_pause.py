@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edge_runtime.lora.adapter import LayerSlot, Slot
 from edge_runtime.wire.messages import group
-from server.rounds import Heard, Note, PresenceChanged, Stored, Tick
+from server.events import Heard, Note, PresenceChanged, Stored, Tick
 from tests.runtime.said import hello, offer, report
 from tests.server.life import TIMEOUT, Life, policy
 

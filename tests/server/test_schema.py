@@ -11,7 +11,7 @@ from edge_runtime.errors import ConfigError
 from edge_runtime.wire import blobs
 from edge_runtime.wire.messages import Band
 from server import schema
-from server.store import FILE, Store, StoredVersion
+from server.store import FILE, Standing, Store, StoredVersion
 from tests.runtime.said import offer
 
 UNVERSIONED = """
@@ -55,7 +55,7 @@ def check(store: Store) -> None:
     assert store.offer_of("b") == UPLOAD
     assert store.chunks(UPLOAD) == {1: b"mnop"}
     assert store.norms(1) == []
-    store.accept(UPLOAD, b"ijklmnop", "after", norm=2.0, event={"event": "update"})
+    store.accept(UPLOAD, b"ijklmnop", Standing("after"), norm=2.0, event={"event": "update"})
     assert store.norms(1) == [2.0]
     assert [event for _, event in store.unrecorded()] == [{"event": "update"}]
 
@@ -134,4 +134,4 @@ def test_a_database_of_another_program_is_refused_and_left_alone(tmp_path: Path)
 def test_no_row_of_the_table_is_ever_changed() -> None:
     """Stores out there have had them. A new layout is a new row, and a new digest here."""
     digests = [blobs.digest("\n".join(statements).encode())[:12] for statements in schema.MIGRATIONS]
-    assert digests == ["683691a2f6fe", "dbe96ad0331f"]
+    assert digests == ["683691a2f6fe", "dbe96ad0331f", "7d531f4a95a0"]

@@ -23,7 +23,7 @@ from edge_runtime.wire.messages import (
     Welcome,
     load,
 )
-from server import aggregators
+from server import aggregators, standing
 from server.aggregators.method import Update, load_state, save_state
 from server.service import Service
 from server.store import Store
@@ -63,7 +63,7 @@ def test_devices_that_say_hello_are_welcome_and_enough_of_them_open_the_round(be
     assert bench.directive.phase == "gather"
     assert second.hello() == [Welcome(client="b", fleet=FLEET)]
     found = bench.directive
-    assert (found.phase, found.round, found.version, found.participants) == ("train", 1, 0, None)
+    assert (found.phase, found.round, found.version, found.sample) == ("train", 1, 0, None)
     assert found.training.max_steps == bench.config.training.max_steps
     assert [(band.start, band.stop) for band in found.bands] == [(0, 4), (4, 8), (8, 12)]
     assert bench.broadcast().shapes == dict(SHAPES)
@@ -73,7 +73,7 @@ def test_devices_that_say_hello_are_welcome_and_enough_of_them_open_the_round(be
 def test_a_round_of_a_few_names_them(make: Callable[..., Bench]) -> None:
     bench = make("rounds.fraction_train=0.5", "rounds.min_available_nodes=4")
     training(bench, dict.fromkeys("abcd", 2))
-    assert bench.directive.participants == bench.service.state.asked
+    assert [name for name in "abcd" if bench.directive.asks(name)] == list(bench.service.state.asked)
     assert len(bench.service.state.asked) == 2
 
 
@@ -84,7 +84,7 @@ def test_the_last_directive_asks_for_personal_steps_from_the_last_version(make: 
         assert (bench.directive.training.proximal, bench.directive.training.correction) == (0.1, 0.2)
         hand.deliver(*hand.train())
     found = bench.directive
-    assert (found.phase, found.version, found.training.max_steps, found.participants) == ("finish", 1, 7, None)
+    assert (found.phase, found.version, found.training.max_steps, found.sample) == ("finish", 1, 7, None)
     assert (found.training.proximal, found.training.correction) == (0, 0), "a personal adapter may leave the fleet's"
     for name in "ab":
         Hand(bench, name).say(Report(client=name, state="done", round=1))
@@ -274,7 +274,7 @@ def test_a_merge_that_was_begun_is_done_after_the_restart_and_only_once(make: Ca
         found = load(delivery.payload)
         assert isinstance(found, Directive)
         heard.append(found)
-    assert [found.participants for found in heard[:2]] == [before.participants] * 2, "it asks nobody new meanwhile"
+    assert [found.sample for found in heard[:2]] == [before.sample] * 2, "it asks nobody new meanwhile"
     merged = bench.store.version(1)
     bench.service.run(lambda: True, poll=0.0)
     assert bench.store.version(1) == merged
@@ -301,7 +301,7 @@ def test_a_broker_that_forgot_everything_is_told_again(bench: Bench) -> None:
 def test_a_store_that_lost_a_version_says_so(bench: Bench) -> None:
     training(bench)
     bench.store._db.execute("DELETE FROM versions")
-    bench.store.save_rounds(bench.service.state.model_copy(update={"version": 5}).model_dump_json())
+    bench.store.save_rounds(standing.dump(bench.service.state.model_copy(update={"version": 5})))
     with pytest.raises(AggregationError, match=r"version 5 is not in the store; restore the store from a backup"):
         bench.restart()
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.errors import CorruptPayloadError
 from edge_runtime.lora.adapter import Adapter, Pair
-from edge_runtime.lora.algebra import change, cut, decompose, take, to_pair
+from edge_runtime.lora.algebra import change, cut, decompose, refill, take, to_pair
 from edge_runtime.lora.slices import FRESH, POLICIES, choose, lay_out
 from edge_runtime.wire import blobs, codec
 from edge_runtime.wire.messages import Offer
@@ -23,6 +23,12 @@ LAYER, SHAPE, RANK = "model.layers.0.q_proj", (20, 30), 8
 
 def version_of(seed: int) -> Adapter:
     return Adapter({LAYER: to_pair(decompose([(1.0, gaussian(SHAPE, RANK, seed))]), 0, RANK)})
+
+
+def refilled(seed: int, learnt: int) -> Adapter:
+    """A version that has learnt so many directions; the others are refilled, as the server refills them."""
+    found = to_pair(decompose([(1.0, gaussian(SHAPE, RANK, seed))]), 0, learnt)
+    return Adapter({LAYER: refill(found, RANK, f"{seed}")})
 
 
 def offer_of(payload: bytes, version: int = 3) -> Offer:
@@ -54,6 +60,41 @@ def test_the_global_adapter_moves_by_exactly_what_a_device_changed(
     total = merged.adapter[LAYER].product() + (merged.tail[LAYER].product() if LAYER in merged.tail else 0)
     expected = sent[LAYER].product() + after.product() - before.product()
     np.testing.assert_allclose(total, expected, atol=2e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+@laws
+@given(
+    st.integers(0, 1 << 20),
+    st.lists(
+        st.integers(1, RANK).flatmap(lambda held: st.tuples(st.just(held), st.integers(1, held))),
+        min_size=1,
+        max_size=5,
+    ),
+    st.integers(0, RANK),
+    st.sampled_from(["fp32", "int8"]),
+)
+def test_an_idle_round_changes_nothing_by_any_policy(
+    name: str, seed: int, devices: list[tuple[int, int]], learnt: int, downlink: str
+) -> None:
+    """Devices (held, trained) that choose, and learn nothing, of a version of which some directions may be empty."""
+    state = State(refilled(seed, learnt), Adapter({}), 3)
+    sent = codec.decode(codec.encode(state.adapter, downlink))
+    updates = []
+    for at, (held, trained) in enumerate(devices):
+        received = Adapter({LAYER: cut(sent[LAYER], held)})
+        scores = {LAYER: np.abs(np.random.default_rng(seed + at).standard_normal(held))}
+        found = lay_out(received, choose(name, received, {LAYER: trained}, 3, scores), 3)
+        nothing = Adapter({LAYER: change(found.before[LAYER], found.before[LAYER])})
+        decoded, directions = codec.decode_slice(codec.encode(nothing, "fp32", found.directions))
+        offer = offer_of(b"x").model_copy(update={"client": f"device-{at}"})
+        updates.append(update_of(offer, decoded, sent, directions))
+    merged = increment().combine(state, updates).state
+
+    expected = state.adapter[LAYER].product()
+    total = merged.adapter[LAYER].product() + (merged.tail[LAYER].product() if LAYER in merged.tail else 0)
+    np.testing.assert_allclose(total, expected, atol=1e-5 * np.abs(expected).max(initial=0))
+    assert merged.adapter[LAYER].rank == RANK
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 from edge_runtime.errors import ConfigError
 from edge_runtime.wire import blobs
 from edge_runtime.wire.messages import Band
-from server.store import Store, StoredVersion
+from server.store import Standing, Store, StoredVersion
 from tests.runtime.said import offer
 
 PROJECT = Path(__file__).parents[2]
@@ -56,10 +56,10 @@ def test_a_new_store_is_empty(store: Store) -> None:
 def test_what_a_method_returned_from_survives_a_crash(store: Store, tmp_path: Path) -> None:
     kept = version(1, b"band 0", b"band 1")
     update, other = offer("a", payload=b"abcdefgh"), offer("b")
-    store.save_rounds("before")
-    store.save_version(kept, [b"band 0", b"band 1"], "after the merge")
+    store.save_rounds(Standing("before"))
+    store.save_version(kept, [b"band 0", b"band 1"], Standing("after the merge"))
     store.offered(update)
-    store.accept(update, b"abcdefgh", "after the update")
+    store.accept(update, b"abcdefgh", Standing("after the update"))
     store.offered(other)
     store.add_chunk(other, 1, b"pdat")
     found = after_a_crash(tmp_path / "store", tmp_path / "copy")
@@ -75,15 +75,15 @@ def test_what_a_method_returned_from_survives_a_crash(store: Store, tmp_path: Pa
 
 def test_a_version_its_bands_and_the_rounds_are_saved_together_or_not_at_all(store: Store, tmp_path: Path) -> None:
     """The second payload is of a kind that SQLite refuses, in the middle of the transaction."""
-    store.save_rounds("before")
+    store.save_rounds(Standing("before"))
     with pytest.raises(sqlite3.Error):
-        store.save_version(version(1, b"good", b"bad"), [b"good", object()], "after")  # type: ignore[list-item]
+        store.save_version(version(1, b"good", b"bad"), [b"good", object()], Standing("after"))  # type: ignore[list-item]
     for found in (store, after_a_crash(tmp_path / "store", tmp_path / "copy")):
         assert found.rounds() == "before"
         assert found.version(1) is None
         assert found.blob(blobs.digest(b"good")) is None
     found.close()
-    store.save_version(version(1, b"good"), [b"good"], "after")
+    store.save_version(version(1, b"good"), [b"good"], Standing("after"))
     assert store.rounds() == "after", "a transaction that failed is not in the way of the next"
 
 
@@ -92,7 +92,7 @@ def test_an_update_and_the_rounds_are_saved_together_or_not_at_all(store: Store)
     store.offered(update)
     store.add_chunk(update, 0, b"abcd")
     with pytest.raises(sqlite3.Error):
-        store.accept(update, b"abcd", object())  # type: ignore[arg-type]
+        store.accept(update, b"abcd", Standing(object()))  # type: ignore[arg-type]
     assert list(store.updates(1)) == []
     assert store.chunks(update) == {0: b"abcd"}
     assert store.offer_of("a") == update
@@ -101,7 +101,7 @@ def test_an_update_and_the_rounds_are_saved_together_or_not_at_all(store: Store)
 CRASHER = """
 import sys
 from pathlib import Path
-from server.store import Store, StoredVersion
+from server.store import Standing, Store, StoredVersion
 from edge_runtime.wire import blobs
 from edge_runtime.wire.messages import Band
 from tests.runtime.said import offer
@@ -116,8 +116,8 @@ for number in range(start + 1, 100000):
     store.offered(update)
     for chunk in (0, 1):
         store.add_chunk(update, chunk, b"abcdefgh"[4 * chunk : 4 * chunk + 4])
-    store.accept(update, b"abcdefgh", str(number - 1))
-    store.save_version(StoredVersion(number, b"state" * 1000, bands), payloads, str(number))
+    store.accept(update, b"abcdefgh", Standing(str(number - 1)))
+    store.save_version(StoredVersion(number, b"state" * 1000, bands), payloads, Standing(str(number)))
     store.retire(number - 2)
     print(number, flush=True)
 """
@@ -162,13 +162,13 @@ def check_crashed(folder: Path, said: int) -> None:
 def test_a_second_opener_is_refused_and_the_first_goes_on(store: Store, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot be used .*stop the other server, or choose another folder"):
         Store(tmp_path / "store")
-    store.save_rounds("still mine")
+    store.save_rounds(Standing("still mine"))
     assert store.rounds() == "still mine"
 
 
 def test_after_close_another_may_open(tmp_path: Path) -> None:
     first = Store(tmp_path)
-    first.save_rounds("mine")
+    first.save_rounds(Standing("mine"))
     first.close()
     second = Store(tmp_path)
     assert second.rounds() == "mine"
@@ -218,17 +218,17 @@ def test_an_update_is_kept_once_and_its_upload_is_forgotten(store: Store) -> Non
     update = offer("a", payload=b"abcd")
     store.offered(update)
     store.add_chunk(update, 0, b"abcd")
-    store.accept(update, b"abcd", "one")
+    store.accept(update, b"abcd", Standing("one"))
     assert store.chunks(update) == {}
-    store.accept(offer("a", payload=b"another"), b"another", "two")
+    store.accept(offer("a", payload=b"another"), b"another", Standing("two"))
     assert list(store.updates(1)) == [(update, b"abcd")]
     assert store.rounds() == "two"
 
 
 def test_updates_come_by_round_in_order_of_the_devices_names(store: Store) -> None:
     for name in ("c", "a", "b"):
-        store.accept(offer(name), name.encode(), "")
-    store.accept(offer("a", 2), b"later", "")
+        store.accept(offer(name), name.encode(), Standing(""))
+    store.accept(offer("a", 2), b"later", Standing(""))
     assert [(found.client, payload) for found, payload in store.updates(1)] == [("a", b"a"), ("b", b"b"), ("c", b"c")]
     assert [payload for _, payload in store.updates(2)] == [b"later"]
 
@@ -239,7 +239,7 @@ def test_updates_come_by_round_in_order_of_the_devices_names(store: Store) -> No
 def test_retiring_forgets_blobs_and_updates_but_no_merged_state(store: Store) -> None:
     for number in (1, 2):
         store.save_version(version(number, f"band of {number}".encode()), [f"band of {number}".encode()])
-        store.accept(offer("a", number), b"update", "")
+        store.accept(offer("a", number), b"update", Standing(""))
     gone = store.retire(1)
     assert [ref.sha256 for ref in gone] == [blobs.digest(b"band of 1")]
     assert store.blob(gone[0].sha256) is None

@@ -71,9 +71,17 @@ class Fleet:
         address: of the broker.
         fingerprint: of the fleet's base.
         parts: the devices that the first round waits for.
+        rounds: more keys of the file's [rounds].
     """
 
-    def __init__(self, processes: Launcher, address: BrokerAddress, fingerprint: str, parts: tuple[Part, ...]) -> None:
+    def __init__(
+        self,
+        processes: Launcher,
+        address: BrokerAddress,
+        fingerprint: str,
+        parts: tuple[Part, ...],
+        rounds: tuple[str, ...] = (),
+    ) -> None:
         self.processes, self.parts = processes, {part.name: part for part in parts}
         self.running: dict[str, Running] = {}
         self.folder = processes.folder
@@ -82,7 +90,7 @@ class Fleet:
         lines = (
             f'[fleet]\nname = "story"\nbase = "{fingerprint}"',
             f'[broker]\nhost = "{address.host}"\nport = {address.port}',
-            SETTINGS.replace("[rounds]", f"[rounds]\nmin_available_nodes = {len(parts)}"),
+            SETTINGS.replace("[rounds]", "\n".join(("[rounds]", f"min_available_nodes = {len(parts)}", *rounds))),
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file.write_text("\n".join(lines), encoding="utf-8")

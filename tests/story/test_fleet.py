@@ -51,14 +51,14 @@ class Stories:
         self.fleets: list[Fleet] = []
         self.brokers: list[EmbeddedBroker] = []
 
-    def fleet(self, name: str, kind: str) -> Fleet:
+    def fleet(self, name: str, kind: str, *rounds: str) -> Fleet:
         """A fleet that has not begun; `brokers` ends with its broker."""
         require(kind)
         folder = self.folder / name
         # What was sent and not acknowledged is sent again after two seconds instead of two minutes.
         self.brokers.append(start(kind, store=folder / "broker", settings=Settings(ack_wait_s=2.0), patience=90.0))
         processes = Launcher(folder, {"EDGE_RUNTIME_CACHE": str(self.folder / "cache")})
-        self.fleets.append(Fleet(processes, self.brokers[-1].address, self.fingerprint, self.parts))
+        self.fleets.append(Fleet(processes, self.brokers[-1].address, self.fingerprint, self.parts, rounds))
         return self.fleets[-1]
 
     def end(self) -> None:
@@ -263,3 +263,26 @@ def test_a_server_and_a_broker_that_are_killed_lose_no_update_and_count_none_twi
 
     assert fleet.codes() == dict.fromkeys(("server", *NAMES), 0)
     assert merged_once(fleet).digest() == merged_once(undisturbed).digest()
+
+
+def test_a_fleet_that_waits_for_nobody_goes_on_without_those_that_are_stopped_and_counts_all_once(
+    stories: Stories,
+) -> None:
+    """On Mosquitto, SIGSTOP holds a device in the middle of its training while others fill buffers; then SIGKILL."""
+    fleet = stories.fleet("buffered", "mosquitto", 'mode = "buffered"', "buffer_size = 1", "max_staleness = 9").begin()
+    until(lambda: fleet.reported("training", client="large"), "the first step of a device")
+    large = fleet.running["large"]
+    large.send(signal.SIGSTOP)
+    until(lambda: fleet.events("merge"), "the merge of the first buffer, by another device")
+    fleet.running["server"].kill()
+    fleet.start("server")
+    large.send(signal.SIGCONT)
+
+    assert fleet.codes() == dict.fromkeys(("server", *NAMES), 0)
+    versions, _ = fleet.merged()
+    updates = {event["n"]: event for event in fleet.events("update")}
+    merges = {event["round"]: event["layers"] for event in fleet.events("merge")}
+    assert versions == [0, 1, 2]
+    assert sorted(event["round"] for event in updates.values()) == [1, 2]
+    last = "model.layers.2.self_attn.q_proj"
+    assert {number: layers[last]["updates"] for number, layers in merges.items()} == {1: 1, 2: 1}

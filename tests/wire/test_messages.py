@@ -14,6 +14,7 @@ from edge_runtime.errors import CorruptPayloadError, TooLargeError, VersionMisma
 from edge_runtime.lora.adapter import LayerSlot, Slot
 from edge_runtime.wire import messages
 from edge_runtime.wire.messages import LayerGroup, Message, dump, group, load, ungroup
+from edge_runtime.wire.sampling import FULL, number_of
 from tests.strategies import all_messages, laws, models, slots
 
 KINDS = get_args(Message)
@@ -215,13 +216,13 @@ def test_messages_are_frozen(message: Message) -> None:
 
 
 @laws
-@given(models(messages.Directive), st.none() | st.lists(st.sampled_from(["a", "b", "c"]), max_size=3).map(tuple))
-def test_a_directive_asks_everybody_or_those_it_names(
-    directive: messages.Directive, participants: tuple[str, ...] | None
+@given(models(messages.Directive), st.none() | st.integers(0, FULL))
+def test_a_directive_asks_everybody_or_those_below_its_threshold(
+    directive: messages.Directive, below: int | None
 ) -> None:
-    directive = directive.model_copy(update={"participants": participants})
-
-    assert directive.asks("a") == (participants is None or "a" in participants)
+    sample = None if below is None else messages.Sample(seed=3, below=below)
+    directive = directive.model_copy(update={"sample": sample})
+    assert directive.asks("a") == (below is None or number_of(3, directive.round, "a") < below)
 
 
 @laws

@@ -5,18 +5,22 @@ that averages products gets the two terms side by side, at twice the rank. One t
 old rank in a canonical form: orthonormal rows of `a`, rotated onto the slice that the device received. Such a method
 depends on the factorisation, and a device that sends (B M, M^-1 A) with a huge M would ruin the mean of `a` with a
 product that looks like everybody's.
+
+Where one change takes the place of all updates, it is the change of no slice, or, for methods that average, the product
+that all devices returned.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
-from edge_runtime.lora.adapter import Adapter, Pair
-from edge_runtime.lora.algebra import ROW_NORM, change, changed, decompose, pad, to_pair
+from edge_runtime.lora.adapter import Adapter, Deferred, Pair
+from edge_runtime.lora.algebra import ROW_NORM, change, changed, cut, decompose, pad, to_pair, zero
 from edge_runtime.lora.rotation import align
-from server.aggregators.method import Aggregator, Update
+from server.aggregators.method import Aggregator, State, Update
 
 
 def scaled(method: Aggregator, update: Update, factor: float) -> Update:
@@ -37,6 +41,33 @@ def _side_by_side(update: Update, factor: float) -> Update:
         trained[name] = Pair(np.concatenate([after.a, before.a]), b)
         received[name] = pad(before, trained[name].rank)
     return replace(update, received=Adapter(received), trained=Adapter(trained))
+
+
+def terms(method: Aggregator, update: Update, layer: str) -> list[tuple[float, Pair]]:
+    """What this method merges of a layer of an update, as a weighted sum of products."""
+    if method.increments:
+        return [(update.discount, update.trained[layer]), (-update.discount, update.received[layer])]
+    return [(1.0, update.trained[layer])]
+
+
+def instead(method: Aggregator, state: State, found: Adapter, widest: Mapping[str, int], name: str) -> Update:
+    """The only update of a merge, in the place of all.
+
+    Args:
+        method: that reads it.
+        state: that it is merged into.
+        found: what the changes of all come to, each as `terms` gives it.
+        widest: layer → largest rank that a device trained; directions beyond it keep their factors where those are
+            averaged.
+        name: of the update.
+    """
+    if not method.of_factors:
+        sizes = found.sizes
+        nothing = Deferred(sizes, lambda layer: zero(sizes[layer][:2], sizes[layer][2]))
+        return Update(name, 1.0, Adapter(nothing), found)
+    received = Adapter({layer: cut(state.adapter[layer], rank) for layer, rank in widest.items()})
+    trained = Adapter({layer: canonical(pair, found[layer]) for layer, pair in received.items()})
+    return Update(name, 1.0, received, trained)
 
 
 def canonical(received: Pair, trained: Pair, factor: float = 1.0) -> Pair:

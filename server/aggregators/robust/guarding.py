@@ -1,6 +1,6 @@
-"""A method behind a robust rule: the rule judges, the method merges what is left. Works with every method.
+"""A method behind a robust rule: the method merges what the rule leaves, or what it puts in the place of all updates.
 
-All updates of a round are in memory at once: a rule compares each with each.
+Works with every method. All updates of a layer are in memory at once: a rule compares each with each.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import replace
 import numpy as np
 
 from edge_runtime.errors import AggregationError
-from edge_runtime.lora.adapter import Adapter
 from server.aggregators.method import Aggregator, Merged, State, Update, by_layer
+from server.aggregators.robust.coordinates import replaced
 from server.aggregators.robust.form import scaled
 from server.aggregators.robust.geometry import increments
-from server.aggregators.robust.rule import Rule, Verdict
+from server.aggregators.robust.rule import Coordinatewise, Rule, Verdict
 
 
-def guarded(method: Aggregator, name: str, rule: Rule) -> Aggregator:
+def guarded(method: Aggregator, name: str, rule: Rule | Coordinatewise) -> Aggregator:
     """The method that merges only what the rule lets through.
 
     Its `combine` raises AggregationError where fewer updates can be judged than the rule needs, or none is left.
@@ -39,13 +39,16 @@ def guarded(method: Aggregator, name: str, rule: Rule) -> Aggregator:
                 f"the robust rule '{name}' needs {rule.least} updates that can be compared; found {len(found)} of "
                 f"{len(ordered)}; raise [rounds] min_available_nodes and quorum, or lower [aggregator] byzantine"
             )
-        verdict = rule.judge(increments(found))
-        excluded |= verdict.excluded
-        left = [_judged(method, update, verdict) for update in found if update.client not in excluded]
-        if not left:
-            reasons = "; ".join(f"'{client}': {why}" for client, why in sorted(excluded.items()))
-            raise AggregationError(f"the robust rule '{name}' leaves none of {len(ordered)} updates: {reasons}")
-        merged = method.combine(state, left)
+        if isinstance(rule, Coordinatewise):
+            merged = replaced(method, state, found, name, rule)
+        else:
+            verdict = rule.judge(increments(found))
+            excluded |= verdict.excluded
+            left = [_judged(method, update, verdict) for update in found if update.client not in excluded]
+            if not left:
+                reasons = "; ".join(f"'{client}': {why}" for client, why in sorted(excluded.items()))
+                raise AggregationError(f"the robust rule '{name}' leaves none of {len(ordered)} updates: {reasons}")
+            merged = method.combine(state, left)
         return replace(merged, excluded={**excluded, **merged.excluded})
 
     return method._replace(combine=combine, least=max(method.least, rule.least))
@@ -53,14 +56,18 @@ def guarded(method: Aggregator, name: str, rule: Rule) -> Aggregator:
 
 def _comparable(updates: Sequence[Update], support: int) -> tuple[list[Update], dict[str, str]]:
     """The updates with the layers that enough devices trained, and why others are left out."""
-    finite = [update for update in updates if _finite(update)]
-    excluded = {update.client: "its numbers are not finite" for update in updates if not _finite(update)}
+    finite, excluded = [], {}
+    for update in updates:
+        if _finite(update):
+            finite.append(update)
+        else:
+            excluded[update.client] = "its numbers are not finite"
     counts = Counter(name for update in finite for name in update.trained)
     found = []
     for update in finite:
-        layers = {name: pair for name, pair in update.trained.items() if counts[name] >= support}
+        layers = update.trained.only(name for name in update.trained if counts[name] >= support)
         if layers:
-            found.append(replace(update, trained=Adapter(layers)))
+            found.append(replace(update, trained=layers))
         else:
             excluded[update.client] = f"it has no layer that {support} devices trained, so nobody can judge it"
     return found, excluded

@@ -1,7 +1,9 @@
-"""What a robust rule is: a plain function from the increments of a round to a verdict on them.
+"""What a robust rule is: a plain function of what the devices of a round changed. It comes in two forms.
 
-A rule knows nothing of the method that merges: it sees what each device changed in the space of products,
-D_k = d_k (B_k A_k - R_k) with d_k its discount, and says whom to leave out and whose word counts how much.
+A `Rule` judges: it sees what each device changed in the space of products, D_k = d_k (B_k A_k - R_k) with d_k its
+discount, and says whom to leave out and whose word counts how much. A `Coordinatewise` rule replaces: each entry of the
+merged change is what is left of the devices' entries when the outermost are trimmed, so that no device is left out or
+kept as a whole. Neither knows the method that merges.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from server.aggregators.robust.geometry import Increments
+from server.aggregators.robust.geometry import Increments, Wide
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Verdict:
 
 
 class Rule(NamedTuple):
-    """A robust rule.
+    """A robust rule that judges updates.
 
     Attributes:
         judge: the increments of a round → the verdict.
@@ -39,6 +41,33 @@ class Rule(NamedTuple):
     """
 
     judge: Callable[[Increments], Verdict]
+    least: int
+    support: int
+
+
+class Trim(NamedTuple):
+    """How the entries of one layer are trimmed.
+
+    Attributes:
+        masses: (n,) what each device counts for, positive.
+        ends: devices that are trimmed at either end: a mass of `ends` times the largest. The whole must be more than
+            twice that.
+    """
+
+    masses: Wide
+    ends: int
+
+
+class Coordinatewise(NamedTuple):
+    """A robust rule that puts one change in the place of all updates, entry by entry; see `coordinates`.
+
+    Attributes:
+        trim: (n,) examples that the devices of a layer claim → how their entries are trimmed.
+        least: as of a `Rule`.
+        support: likewise.
+    """
+
+    trim: Callable[[Wide], Trim]
     least: int
     support: int
 
