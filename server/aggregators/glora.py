@@ -38,8 +38,10 @@ def merge_layer(task: LayerTask) -> LayerResult:
     columns, rows = [], []
     for share, pair in parts:
         found = decompose([(1.0, pair)])
-        columns.append(np.sqrt(share) * found.u[:, : found.numerical_rank])
-        rows.append(np.sqrt(share) * found.vt[: found.numerical_rank].T)
+        # All directions of a projector count alike: of more than there is room for, those that weigh most are meant.
+        known = min(found.numerical_rank, rank)
+        columns.append(np.sqrt(share) * found.u[:, :known])
+        rows.append(np.sqrt(share) * found.vt[:known].T)
     u, v = (_leading(np.concatenate(side, axis=1), rank) for side in (columns, rows))
     left, right = stack(parts)
     inner, s, outer = np.linalg.svd((u.T @ left) @ (right @ v), full_matrices=False)
