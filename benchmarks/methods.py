@@ -64,7 +64,8 @@ SETTINGS: Mapping[str, Setting] = {
 }
 """Setting → its texts; in "natural" each task is on one device alone."""
 
-EQUAL = ("fedit", "ffa_lora", "rolora", "fedsa_lora")
+EQUAL = ("fedit", "ffa_lora", "rolora", "fedsa_lora", "lora_fair", "fedex_lora")
+UNEQUAL_ONES = ("zero_pad", "rbla", "raflora", "florist", "glora")
 OURS, SAME, CENTRAL = Way("increment"), Way("increment", LARGEST), Way("increment", LARGEST, central=True)
 RIVALS = (Way("svd"), Way("hetlora"), Way("flora"))
 WAYS: Mapping[str, Way] = {
@@ -73,8 +74,7 @@ WAYS: Mapping[str, Way] = {
         OURS,
         Way("increment", prefix=True),
         *RIVALS,
-        Way("zero_pad"),
-        *(Way(name) for name in ("rbla", "raflora", "florist", "lora_fair", "glora", "fedex_lora")),
+        *(Way(name) for name in UNEQUAL_ONES),
         *(Way(name, SMALLEST) for name in EQUAL),
         Way("fedit", LARGEST),
         SAME,
