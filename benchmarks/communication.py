@@ -84,7 +84,8 @@ def traffic() -> dict[str, dict[int, Traffic]]:
         found[name] = {count: Traffic(count * up, count * down, down) for count in DEVICES}
     up, _ = device_traffic(aggregators.METHODS["flora"].build())
     found[FLORA_AS_PUBLISHED] = {count: Traffic(count * up, count * count * up, count * up) for count in DEVICES}
-    found[FEDAVG] = {count: Traffic(*[2.0 * WEIGHTS * count] * 2, 2.0 * WEIGHTS) for count in DEVICES}
+    whole = 2.0 * WEIGHTS
+    found[FEDAVG] = {count: Traffic(whole * count, whole * count, whole) for count in DEVICES}
     return found
 
 
