@@ -18,11 +18,13 @@ import torch
 
 from edge_runtime.lora.adapter import Adapter, LayerSlot, Slot
 from edge_runtime.lora.algebra import change, changed, cut
+from edge_runtime.lora.factors import Factors
 from edge_runtime.train import classify, families, live
 from edge_runtime.train.classify import Classifier, ClassifierTask, Labelled
 from edge_runtime.train.data import Example, Message, load_examples, split
 from edge_runtime.train.encoder import load_encoder
 from edge_runtime.train.label_choice import labels_of
+from edge_runtime.train.loop import learning
 from edge_runtime.train.optimizer import gradient_norms
 from edge_runtime.train.stdlib_docs import GROUPS
 from edge_runtime.train.terms import Term
@@ -38,6 +40,9 @@ LEARNING_RATE = 2e-3
 LEARNING_RATE_EVERY_LINEAR = 5e-4
 """With 36 adapted layers in the place of 12, the loss rises again at the other rate, from round 8 or so on."""
 PUBLIC, HELD_OUT = 256, 768
+ALPHA = 0.3
+ROWS = 4000
+"""Of a table, at most."""
 Exchange = Callable[[str, Adapter, Adapter], tuple[Adapter, int]]
 """(device, what it received of the slice it trained, its change) → (the change as the server decodes it, bytes)."""
 
@@ -64,6 +69,10 @@ class Fleet:
 def examples_in(folder: Path) -> list[Example]:
     """Texts and what they are: answers and their task, or docstrings and what their module is for."""
     found: list[tuple[str, str]] = []
+    table = folder / "train.tsv"
+    if table.exists():
+        rows = [line.rsplit("\t", 1) for line in table.read_text(encoding="utf-8").splitlines()[1:]]
+        found += [(text.strip(), f"label {label}") for text, label in rows[:ROWS]]
     for path in sorted(folder.glob("*.train.jsonl")):
         answers = [example.messages[-1].content for example in load_examples(str(path))]
         if len(set(answers)) > len(answers) / 3:  # "yes" may answer any task
@@ -73,10 +82,20 @@ def examples_in(folder: Path) -> list[Example]:
     return [Example((Message("user", text), Message("assistant", label))) for text, label in found if text.strip()]
 
 
-def build(folder: Path, seed: int, ranks: Sequence[int] = RANKS, *, every_linear: bool = False) -> Fleet:
+def build(
+    folder: Path, seed: int, ranks: Sequence[int] = RANKS, *, every_linear: bool = False, alpha: float = ALPHA
+) -> Fleet:
     """The fleet of that seed: who has which texts, and the head that all share.
 
     Adapted are the query and value layers, all of one size, or every linear layer of the encoder's blocks.
+
+    Args:
+        folder: of the texts; a file `train.tsv` in it has sentences and labels.
+        seed: of texts, shares and head.
+        ranks: of the devices.
+        every_linear: which layers are adapted.
+        alpha: of Dirichlet's distribution, of the shares that devices have of each label; infinite for equal shares,
+            and 0 where each label is on one device.
     """
     examples = examples_in(folder)
     train, held_out = split(examples, seed=seed)
@@ -91,19 +110,26 @@ def build(folder: Path, seed: int, ranks: Sequence[int] = RANKS, *, every_linear
     classify.train_classifier(classifier, public, ClassifierTask(steps=60, learning_rate=1e-12, seed=seed))
     live.detach(classifier.live)
     texts = classify.encode(classifier, private)
-    shares = _dirichlet(texts, len(classifier.labels), len(ranks), seed)
+    shares = _dealt(texts, len(classifier.labels), len(ranks), seed, alpha)
     devices = {f"device-{i}": (rank, shares[i]) for i, rank in enumerate(ranks)}
     rate = LEARNING_RATE_EVERY_LINEAR if every_linear else LEARNING_RATE
     return Fleet(classifier, devices, list(classify.encode(classifier, held_out[:HELD_OUT])), shapes, rate)
 
 
-def _dirichlet(texts: Sequence[Labelled], labels: int, devices: int, seed: int) -> list[list[Labelled]]:
-    """Texts dealt to devices: of each label, shares drawn from Dirichlet(0.3)."""
+def _dealt(texts: Sequence[Labelled], labels: int, devices: int, seed: int, alpha: float) -> list[list[Labelled]]:
+    """Texts dealt to devices: of each label, shares drawn from Dirichlet(alpha)."""
     draw = np.random.default_rng(seed)
+    if alpha == 0:
+        owners = draw.permutation(labels)
+        found: list[list[Labelled]] = [[] for _ in range(devices)]
+        for text in texts:
+            found[int(owners[text.label]) % devices].append(text)
+        return [hand or [texts[0]] for hand in found]
     hands: list[list[Labelled]] = [[] for _ in range(devices)]
     for label in range(labels):
         own = [text for text in texts if text.label == label]
-        edges = np.rint(np.cumsum(draw.dirichlet([0.3] * devices)) * len(own)).astype(int)
+        parts = np.full(devices, 1 / devices) if math.isinf(alpha) else draw.dirichlet([alpha] * devices)
+        edges = np.rint(np.cumsum(parts) * len(own)).astype(int)
         for hand, start, stop in zip(hands, [0, *edges[:-1]], edges, strict=True):
             hand.extend(own[start:stop])
     return [hand or [texts[0]] for hand in hands]
@@ -169,7 +195,13 @@ def attached(fleet: Fleet, adapter: Adapter, rows: Mapping[str, Sequence[int]]) 
 
 
 def train(
-    found: Classifier, texts: Sequence[Labelled], steps: int, seed: int, rate: float, terms: Sequence[Term] = ()
+    found: Classifier,
+    texts: Sequence[Labelled],
+    steps: int,
+    seed: int,
+    rate: float,
+    terms: Sequence[Term] = (),
+    factors: Factors = "ab",
 ) -> tuple[Adapter, list[float]]:
     """Factor-wise change of the trained rows after so many steps on these texts, and the norms of the loss's gradients.
 
@@ -180,9 +212,13 @@ def train(
         seed: of the order of the texts.
         rate: the learning rate at the first step; it falls to zero in a straight line.
         terms: beside the loss.
+        factors: which of the slice are trained.
     """
     before = live.read_trained(found.live)
-    named = live.trainable_parameters(found.live)
+    whole = live.trainable_parameters(found.live)
+    named = learning(whole, factors)
+    for name, parameter in whole.items():
+        parameter.requires_grad_(name in named)
     parameters, norms = list(named.values()), []
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     lengths = [len(text.input_ids) for text in texts]
@@ -201,11 +237,11 @@ def train(
     return Adapter({name: change(after[name], before[name]) for name in after}), norms
 
 
-def evaluate(fleet: Fleet, adapter: Adapter) -> tuple[float, float]:
-    """Held-out loss in nats and accuracy of the global adapter."""
+def evaluate(fleet: Fleet, adapter: Adapter, texts: Sequence[Labelled] | None = None) -> tuple[float, float]:
+    """Loss in nats and accuracy of an adapter on these texts, or on the held-out ones."""
     total, right = 0.0, 0
     with attached(fleet, adapter, {}) as found, torch.no_grad():
-        ordered = sorted(fleet.held_out, key=lambda text: len(text.input_ids))
+        ordered = sorted(fleet.held_out if texts is None else texts, key=lambda text: len(text.input_ids))
         for start in range(0, len(ordered), 64):
             batch = classify.collate(found, ordered[start : start + 64])
             scores = classify.logits(found, batch)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from edge_runtime import agent, room, slicing
+from edge_runtime import agent, private, room, slicing
 from edge_runtime.conversation import Conversation
 from edge_runtime.errors import (
     DeviceMemoryError,
@@ -174,14 +174,15 @@ class Client:
     def _bands(self, directive: Directive) -> list[Band]:
         """The bands that this device holds."""
         held = max(self._planned.slot.held.values(), default=0)
-        return [band for band in directive.bands if band.start < held]
+        return [band for band in directive.bands if band.start < held and band.factor != directive.private]
 
     def _received(self, directive: Directive) -> Adapter:
         """The global adapter of a version, as far as this device holds it."""
         held = self._planned.slot.held
-        payloads = [self._disk.band(band.blob.sha256) for band in self._bands(directive)]
-        whole = bands.join([codec.decode(payload) for payload in payloads if payload is not None])
-        return Adapter({name: cut(whole[name], rank) for name, rank in held.items() if rank and name in whole})
+        payloads = [(band, self._disk.band(band.blob.sha256)) for band in self._bands(directive)]
+        whole = bands.assembled((band, codec.decode(payload)) for band, payload in payloads if payload is not None)
+        mine = Adapter({name: cut(whole[name], rank) for name, rank in held.items() if rank and name in whole})
+        return private.known(mine, directive, self._planned.slot, self._disk)
 
     def _evaluate_base(self) -> None:
         """The base's own held-out loss, once in a fleet's life: the global adapter of version 0 is a zero change."""
@@ -206,13 +207,16 @@ class Client:
             self._trainer.receive(chosen.slices.seen, chosen.slices.rows)
         result = self._trainer.train(directive.training, directive.round, self._step("training"), self._gate)
         owed, slices = feedback.load(self._disk.owed), chosen.slices
-        made = update.make(result.change, slices.before, owed, self._terms(directive), slices.directions)
+        change, numbers = private.shared(result.change, slices.directions, directive.adapter.own)
+        made = update.make(change, slices.before, owed, self._terms(directive), numbers)
         offer = Offer(
             client=self._name, run=directive.run, round=directive.round, version=directive.version,
             blob=blobs.describe(made.payload, self._conversation.chunk_bytes), examples=result.examples,
             loss_first=result.loss_first, loss_last=result.loss_last,
         )  # fmt: skip
-        self._disk.put_outbox(offer, made.payload, feedback.dump(made.residual))
+        own = private.after(received, slices, result.change, directive)
+        facts = slicing.pruned(directive, slices.before, result.change)
+        self._disk.put_outbox(offer, made.payload, feedback.dump(made.residual), own, facts)
         moved = f"loss {result.loss_first:.3f} → {result.loss_last:.3f}"
         self._say(f"round {directive.round}: {moved}, update of {len(made.payload)} bytes, {made.how}")
         self._report("offering")
@@ -222,7 +226,7 @@ class Client:
         left = self._identity.round_bytes
         if left is not None:
             left = max(0, left - sum(band.blob.size for band in self._bands(directive)))
-        return update.Terms(directive.codec, directive.upload_bytes, left, directive.error_feedback)
+        return update.Terms(directive.codec, directive.upload_bytes, left, directive.error_feedback, directive.sent)
 
     def _finish(self, directive: Directive) -> agent.Event:
         self._wait_for_go()

@@ -13,15 +13,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from edge_runtime.errors import ConfigError, unknown_name
-from edge_runtime.lora import allocation, slices
+from edge_runtime.lora import allocation, pruning, slices
 from edge_runtime.lora.adapter import Adapter, Slot
+from edge_runtime.lora.algebra import changed
 from edge_runtime.lora.slices import Scores, Slices
 from edge_runtime.state import DeviceState
 from edge_runtime.trainer import Introduction
 from edge_runtime.wire.messages import Directive
 
-RANKS, CHOSEN = "ranks", "slice"
-"""Facts of a device: the ranks that were allocated last, and the slice that was chosen by scores."""
+RANKS, CHOSEN, PRUNED = "ranks", "slice", "pruned"
+"""Facts of a device: the ranks that were allocated last, the slice that was chosen by scores, and the ranks that were
+pruned."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +60,12 @@ def choose(
     """
     slot = Slot({name: layer for name, layer in plan.slot.layers.items() if name in received})
     ranks = _ranks(directive.adapter.allocation, slot, received, disk, plan.least)
+    left = disk.fact(PRUNED) if directive.training.kept < 1 else None
+    if left:
+        ranks = {layer: min(rank, left.get(layer, rank)) for layer, rank in ranks.items()}
+        received = pruning.narrowed(received, ranks)
+    if directive.adapter.own:
+        ranks = {layer: rank + min(directive.adapter.own, *received[layer].shape) for layer, rank in ranks.items()}
     name, version = directive.adapter.slice, directive.version
     if name in slices.SCORED:
         directions = _by_scores(name, directive, ranks, received, disk, scores)
@@ -65,6 +73,20 @@ def choose(
         directions = slices.choose(name, received, ranks, version)
     plain = directions == {layer: tuple(range(count)) for layer, count in slot.trained.items()}
     return Choice(slices.lay_out(received, directions, version), plain)
+
+
+def pruned(directive: Directive, before: Adapter, change: Adapter) -> dict[str, dict[str, int]]:
+    """The facts to be kept with an update: the ranks to go on with, where the fleet has devices prune theirs.
+
+    Args:
+        directive: of the round.
+        before: the slice that was trained, before it was.
+        change: of it.
+    """
+    if directive.training.kept == 1:
+        return {}
+    after = Adapter({name: changed(before[name], by) for name, by in change.items()})
+    return {PRUNED: pruning.pruned(before, after, directive.training.kept)}
 
 
 def _ranks(name: str, slot: Slot, received: Adapter, disk: DeviceState, least: int) -> dict[str, int]:

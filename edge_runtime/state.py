@@ -1,8 +1,8 @@
 """A device's durable state: one SQLite file in WAL mode. What a method returned from is on disk.
 
 It holds which life of the fleet the device is in, the last settled round, the outbox (the update that is not accepted
-yet), what the codec still owes the fleet, the bands it has fetched, and small facts worth keeping over a restart, such
-as the base's loss and the memory that plans must stay below.
+yet), what the codec still owes the fleet, what the device keeps for itself, the bands it has fetched, and small facts
+worth keeping over a restart, such as the base's loss and the memory that plans must stay below.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts  (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS outbox (one INTEGER PRIMARY KEY CHECK (one = 1), offer TEXT NOT NULL, payload BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS owed   (state TEXT PRIMARY KEY, residual BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS kept   (one INTEGER PRIMARY KEY CHECK (one = 1), private BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS bands  (sha256 TEXT PRIMARY KEY, payload BLOB NOT NULL);
 """
 
@@ -101,11 +102,35 @@ class DeviceState:
         row = self._db.execute("SELECT residual FROM owed WHERE state = 'now'").fetchone()
         return bytes(row[0]) if row else None
 
-    def put_outbox(self, offer: Offer, payload: bytes, residual: bytes | None = None) -> None:
-        """Keep an update until `settle`, and what will be owed once it is accepted: both or neither."""
+    @property
+    def kept(self) -> bytes | None:
+        """What this device keeps for itself; see `private`."""
+        row = self._db.execute("SELECT private FROM kept").fetchone()
+        return bytes(row[0]) if row else None
+
+    def put_outbox(
+        self,
+        offer: Offer,
+        payload: bytes,
+        residual: bytes | None = None,
+        private: bytes | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Keep an update until `settle`, with what follows from its round: all or nothing.
+
+        Args:
+            offer: of the update.
+            payload: its bytes.
+            residual: what will be owed once it is accepted.
+            private: what this device keeps for itself; None for what it has.
+            facts: to be remembered.
+        """
         owed: list[Statement] = [("DELETE FROM owed WHERE state = 'once accepted'", ())]
         if residual is not None:
             owed.append(("INSERT INTO owed VALUES ('once accepted', ?)", (residual,)))
+        if private is not None:
+            owed.append(("INSERT OR REPLACE INTO kept VALUES (1, ?)", (private,)))
+        owed += [_fact(name, value) for name, value in (facts or {}).items()]
         self._write(("INSERT OR REPLACE INTO outbox VALUES (1, ?, ?)", (offer.model_dump_json(), payload)), *owed)
 
     def recut_outbox(self, offer: Offer) -> None:
@@ -136,6 +161,7 @@ class DeviceState:
         self._write(
             ("DELETE FROM outbox", ()),
             ("DELETE FROM owed", ()),
+            ("DELETE FROM kept", ()),
             ("DELETE FROM bands", ()),
             (f"DELETE FROM facts WHERE name NOT IN ({marks})", OF_THE_DEVICE),  # noqa: S608  only marks
             _fact("run", run),

@@ -13,6 +13,7 @@ from typing import Annotated, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from edge_runtime.lora.adapter import Adapter, Slot
+from edge_runtime.lora.factors import Factors
 from edge_runtime.lora.slices import Scores
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -43,6 +44,15 @@ class Training(Model):
     ] = False
     proximal: Annotated[Finite, Field(ge=0, description="strength of the pull to what was received")] = 0.0
     correction: Annotated[Finite, Field(ge=0, description="strength of the push against the device's own drift")] = 0.0
+    factors: Annotated[
+        Factors, Field(description="which factors of the slice are trained; the others stay as they were received")
+    ] = "ab"
+    kept: Annotated[
+        Finite, Field(gt=0, le=1, description="share of a layer's directions that stay where it is pruned; 1 for never")
+    ] = 1.0
+    tail_penalty: Annotated[
+        Finite, Field(ge=0, description="strength of the pull on the directions beyond that share")
+    ] = 0.0
 
 
 class AdapterSpec(Model):
@@ -59,6 +69,16 @@ class AdapterSpec(Model):
     bits_down: Annotated[Finite, Field(gt=0, description="of a number of the global adapter, before zstd")] = 8.0
     slice: Annotated[str, Field(description="which held directions are trained; see lora.slices")] = "top"
     allocation: Annotated[str, Field(description="how many of which layer; see lora.allocation")] = "uniform"
+    beside: Annotated[
+        int, Field(ge=0, description="first directions of the global adapter that every device holds, beside its rank")
+    ] = 0
+    own: Annotated[
+        int, Field(ge=0, description="directions that a device trains for itself alone, beside those of the fleet")
+    ] = 0
+    core: Annotated[
+        int, Field(ge=0, description="rows and columns of the core that is trained in the place of each target")
+    ] = 0
+    equal_ranks: Annotated[bool, Field(description="whether every device trains exactly max_rank")] = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +86,7 @@ class Introduction:
     """What a trainer knows of itself once it has planned.
 
     Attributes:
-        slot: what it holds and trains.
+        slot: what it holds and trains of the fleet's.
         base: fingerprint of its base model.
         examples: how many it trains on.
         device: the device in a few words.

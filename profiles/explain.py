@@ -259,7 +259,7 @@ def _step_up(
         for value in offered(problem):
             changed = {field: value, "recomputed_layers": None}
             if field == "rank":
-                changed["held"] = max(setting.held, value) if problem.task.hold_more else value
+                changed["held"] = max(setting.held, value) if problem.task.hold_more else value + problem.task.beside
             if field == "held" and (value < setting.rank or not problem.task.hold_more):
                 continue
             candidate = replace(setting, **changed)

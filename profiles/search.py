@@ -318,7 +318,7 @@ def _setting(problem: Problem, precision: str, rank: int, modules: tuple[str, ..
         target_modules=problem.task.target_modules,
         trained_modules=modules,
         rank=rank,
-        held=rank,
+        held=rank + problem.task.beside,
         layers_trained=max(choices.layers),
         precision=precision,
         compute_dtype=choices.compute_dtype,

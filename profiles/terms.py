@@ -20,6 +20,7 @@ class Task:
         batch_size: examples of one optimiser step.
         steps: optimiser steps of a round.
         hold_more: whether a device may hold directions that it does not train.
+        beside: directions of the global adapter that a device holds in any case, beside those that it trains.
         bits_up: bits of a number in an update, before it is compressed.
         bits_down: the same for the global adapter.
         copies: of the trained numbers in float32 that terms beside the loss need; see `profiles.memory.Setting`.
@@ -37,6 +38,7 @@ class Task:
     bits_down: float = 8.0
     copies: int = 0
     family: str = "lora"
+    beside: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_rank", "max_held", "max_length", "batch_size"):

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Literal
 
 from edge_runtime.config import Config
-from edge_runtime.trainer import AdapterSpec, Training
-from edge_runtime.wire import update
+from edge_runtime.trainer import Training
 from edge_runtime.wire.messages import Band, Directive
 from edge_runtime.wire.sampling import FULL
 from server.aggregators.method import Aggregator
+from server.fitting import spec_of
 from server.state import State
 
 ASKS: Mapping[str, Literal["gather", "train", "finish"]] = {
@@ -33,12 +33,14 @@ def directive_of(config: Config, state: State, cut: tuple[Band, ...], *, rank: i
         rank: of the global adapter.
         method: by which the fleet merges; devices are told what it permits, not what it is.
     """
-    phase = ASKS[state.phase]
+    phase, asks = ASKS[state.phase], method.asks(max(state.round, 1))
     steps = config.training.personal_steps if phase == "finish" else config.training.max_steps
     training = config.training.model_dump(exclude={"personal_steps", "max_steps"})
     if phase == "finish":
         # A personal adapter is meant to leave the fleet's.
         training |= {"proximal": 0.0, "correction": 0.0}
+    else:
+        training |= {"factors": asks.trained, **method.training}
     everybody = phase != "train" or state.sample.below == FULL
     return Directive(
         fleet=config.fleet.name,
@@ -48,13 +50,7 @@ def directive_of(config: Config, state: State, cut: tuple[Band, ...], *, rank: i
         version=state.version,
         num_rounds=config.rounds.num_rounds,
         base=state.base,
-        adapter=AdapterSpec(
-            **config.adapter.model_dump(),
-            max_held=rank,
-            hold_more=method.hold_more,
-            bits_up=update.bits_up(config.wire.codec_up),
-            bits_down=update.bits_down(config.wire.codec_down),
-        ),
+        adapter=spec_of(config, method, rank),
         training=Training(max_steps=steps, **training),
         bands=cut,
         sample=None if everybody else state.sample,
@@ -63,4 +59,6 @@ def directive_of(config: Config, state: State, cut: tuple[Band, ...], *, rank: i
         upload_bytes=config.wire.upload_bytes,
         increments=method.increments,
         max_staleness=config.rounds.max_staleness if config.rounds.mode == "buffered" else 0,
+        sent=asks.sent,
+        private=asks.private,
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 
 from edge_runtime.config import Wire
 from edge_runtime.errors import CorruptPayloadError, TooLargeError
 from edge_runtime.lora.adapter import Adapter, remembering
+from edge_runtime.lora.factors import Factors
 from edge_runtime.wire import bands, blobs, codec, topics
 from edge_runtime.wire.messages import Band
 from edge_runtime.wire.transport import Transport
@@ -33,13 +35,25 @@ class Downlink:
         self._fleet, self._wire, self._transport, self._store = fleet, wire, transport, store
         self._decoded: dict[int, Adapter] = {}
 
-    def cut(self, number: int, state: bytes, adapter: Adapter) -> tuple[StoredVersion, list[bytes]]:
-        """A version's bands and their payloads."""
+    def cut(
+        self, number: int, state: bytes, adapter: Adapter, factors: Sequence[Factors] = ("ab",)
+    ) -> tuple[StoredVersion, list[bytes]]:
+        """A version's bands and their payloads.
+
+        Args:
+            number: of the version.
+            state: from which it goes on.
+            adapter: that devices read.
+            factors: what each range becomes a band of: of both, or of one and of the other.
+        """
         ranges = bands.edges_for(max(adapter.ranks.values()), self._wire.band_edges)
-        payloads = [codec.encode(bands.band(adapter, start, stop), self._wire.codec_down) for start, stop in ranges]
-        refs = [blobs.describe(payload, self._wire.chunk_bytes) for payload in payloads]
-        found = tuple(Band(start=start, stop=stop, blob=ref) for (start, stop), ref in zip(ranges, refs, strict=True))
-        return StoredVersion(number, state, found), payloads
+        found, payloads = [], []
+        for (start, stop), factor in itertools.product(ranges, factors):
+            payload = codec.encode(bands.band(adapter, start, stop), self._wire.codec_down, factor=factor)
+            ref = blobs.describe(payload, self._wire.chunk_bytes)
+            found.append(Band(start=start, stop=stop, blob=ref, factor=factor))
+            payloads.append(payload)
+        return StoredVersion(number, state, tuple(found)), payloads
 
     def received(self, version: int) -> Adapter:
         """A version exactly as devices decoded it.
@@ -51,12 +65,14 @@ class Downlink:
         found = self._decoded.pop(version, None)
         if found is None:
             stored = self._store.version(version)
-            payloads = [self._store.blob(band.blob.sha256) for band in stored.bands] if stored else [None]
-            if any(payload is None for payload in payloads):
+            cut = stored.bands if stored else ()
+            payloads = [self._store.blob(band.blob.sha256) for band in cut]
+            if not cut or any(payload is None for payload in payloads):
                 raise CorruptPayloadError(f"version {version} has retired; train from the current one")
             room = Scratch(self._store.path.parent)
-            decoded = [room.put(codec.decode(payload)) for payload in payloads if payload is not None]
-            found = remembering(bands.join(decoded))
+            known = zip(cut, payloads, strict=True)
+            decoded = ((band, room.put(codec.decode(payload))) for band, payload in known if payload is not None)
+            found = remembering(bands.assembled(decoded))
         while len(self._decoded) >= DECODED_VERSIONS:
             del self._decoded[next(iter(self._decoded))]  # the one that was asked for the longest time ago
         self._decoded[version] = found

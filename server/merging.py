@@ -15,12 +15,15 @@ from threadpoolctl import threadpool_limits
 from edge_runtime.config import Config
 from edge_runtime.errors import AggregationError, WireError
 from edge_runtime.lora.adapter import Adapter
+from edge_runtime.lora.factors import only
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import Hello, Offer, Rejected, ungroup
 from server import assigned, outcome, screening
 from server import state as rounds
+from server.aggregators.beside import published
 from server.aggregators.method import Aggregator, Merged, Update, in_memory, load_state, save_state
 from server.downlink import Downlink
+from server.fitting import check, factors_of, unfit
 from server.fleet import unbearable
 from server.scratch import Scratch
 from server.slices import update_of
@@ -53,6 +56,9 @@ class Merging:
         store: opened.
         downlink: of the fleet.
         clock: seconds, monotonic.
+
+    Raises:
+        ConfigError: the fleet's file asks for something that the method cannot do.
     """
 
     def __init__(
@@ -65,13 +71,15 @@ class Merging:
         downlink: Downlink,
         clock: Callable[[], float],
     ) -> None:
+        check(config, method)
         self._config, self._method, self._rank = config, method, rank
         self._store, self._downlink, self._clock = store, downlink, clock
         self._limits = screening.Limits(config.server.max_norm_ratio, config.server.max_update_norm)
 
     def unbearable(self, hello: Hello) -> str:
-        """Why this server could not bear the global adapter that a device's layers make, or ''."""
-        return unbearable(hello, self._rank, max(DECODED * self._config.wire.max_upload_bytes, HARMLESS))
+        """Why this server could not bear a device's layers, or its method could not merge its slices, or ''."""
+        most = max(DECODED * self._config.wire.max_upload_bytes, HARMLESS)
+        return unbearable(hello, self._rank + self._method.beside, most) or unfit(hello, self._method, self._rank)
 
     def judge(self, offer: Offer, payload: bytes, now: rounds.State) -> float | Rejected:
         """How far an upload moves the model, or why it is refused.
@@ -84,13 +92,20 @@ class Merging:
         try:
             found = self._update(offer, payload, in_memory)
             plans = now.members[offer.client].plans
-            assigned.check(offer, found.trained.sizes, plans, uniform=self._config.adapter.allocation == "uniform")
+            # Devices that share their ranks out, or prune them, train what they say at most.
+            uniform = self._config.adapter.allocation == "uniform" and not self._method.training
+            assigned.check(offer, found.trained.sizes, plans, uniform=uniform)
             with threadpool_limits(1):
                 norm = screening.moved(found.received, found.trained)
         except (WireError, AggregationError) as error:
             return outcome.corrupt(offer, error)
-        problem = screening.absurd(norm, self._store.norms(now.round), self._limits)
+        problem = screening.absurd(norm, self.usual(now.round), self._limits)
         return Rejected(code="norm", reason=problem[:1024], sha256=offer.blob.sha256) if problem else norm
+
+    def usual(self, number: int) -> list[float]:
+        """How far updates move that were accepted in a round, and in the one before if that asked for the same."""
+        alike = self._method.asks(number) == self._method.asks(number - 1)
+        return self._store.norms(number, before=int(alike))
 
     def updates(self, number: int, version: int) -> Iterator[Update]:
         """The stored updates of a round, by device; what memory should not hold of them is on the disk.
@@ -119,7 +134,9 @@ class Merging:
 
     def _update(self, offer: Offer, payload: bytes, keep: Keep) -> Update:
         change, directions = codec.decode_slice(payload, limit=DECODED * self._config.wire.max_upload_bytes)
-        return update_of(offer, keep(change), self._downlink.received(offer.version), directions)
+        # A factor that nobody asked for is not read, whatever was sent of it.
+        asked = only(change, self._method.asks(offer.round).sent)
+        return update_of(offer, keep(asked), self._downlink.received(offer.version), directions)
 
     def version(self, now: rounds.State) -> StoredVersion:
         """The version that the rounds stand at; the first one is made when the fleet's shapes are known.
@@ -134,7 +151,7 @@ class Merging:
             raise AggregationError(f"version {now.version} is not in the store; restore the store from a backup")
         shapes = ungroup(next(iter(now.members.values())).hello.groups).shapes
         fresh = self._method.init(shapes, self._rank, self._config.training.seed)
-        version, payloads = self._downlink.cut(0, save_state(fresh), fresh.adapter)
+        version, payloads = self._downlink.cut(0, save_state(fresh), published(fresh), factors_of(self._method))
         self._store.save_version(version, payloads)
         return version
 
@@ -151,7 +168,9 @@ class Merging:
         merged = outcome.attempt(self._method, base, self._updates(now.round, now.version, keep))
         if isinstance(merged, AggregationError):
             return merged
-        version, payloads = self._downlink.cut(now.version + 1, save_state(merged.state), merged.state.adapter)
+        version, payloads = self._downlink.cut(
+            now.version + 1, save_state(merged.state), published(merged.state), factors_of(self._method)
+        )
         sizes = [len(payload) for payload in payloads]
         facts = {"seconds": self._clock() - started, "band_bytes": sizes}
         return Next(version, payloads, {"event": "merge", "round": now.round, **merge_facts(merged), **facts}, merged)

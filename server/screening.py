@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from math import isfinite, sqrt
 from statistics import median
 
-from edge_runtime.lora.adapter import Adapter
+import numpy as np
+
+from edge_runtime.lora.adapter import Adapter, Pair
 from edge_runtime.lora.algebra import distance
 
 ENOUGH = 3
@@ -34,8 +36,17 @@ class Limits:
 
 
 def moved(received: Adapter, trained: Adapter) -> float:
-    """How far an update moves the model; both adapters have the same layers and ranks."""
-    return sqrt(sum(distance(trained[name], pair) ** 2 for name, pair in received.items()))
+    """How far an update moves the model; both adapters have the same layers and ranks.
+
+    Where a slice has no `b`, before and after, because devices keep it for themselves, it is how far `a` moves.
+    """
+    return sqrt(sum(_moved(pair, trained[name]) ** 2 for name, pair in received.items()))
+
+
+def _moved(before: Pair, after: Pair) -> float:
+    if before.b.any() or after.b.any() or not before.a.any():
+        return distance(after, before)
+    return float(np.linalg.norm(after.a.astype(np.float64) - before.a))
 
 
 def absurd(norm: float, accepted: Sequence[float], limits: Limits) -> str:

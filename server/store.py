@@ -295,13 +295,13 @@ class Store:
             self._put_rounds(rounds)
             self._put_event(event)
 
-    def norms(self, round_number: int) -> list[float]:
-        """How far the last updates of a round and of the one before it move, as far as they are here."""
+    def norms(self, round_number: int, *, before: int = 1) -> list[float]:
+        """How far the last updates of a round and of so many before it move, as far as they are here."""
         rows = self._db.execute(
             # Rows in the order in which they came: without the index, the newest are found at once.
             "SELECT norm FROM updates NOT INDEXED WHERE round BETWEEN ? AND ? AND norm IS NOT NULL "
             "ORDER BY rowid DESC LIMIT ?",
-            (round_number - 1, round_number, YARDSTICK),
+            (round_number - before, round_number, YARDSTICK),
         )
         return [float(norm) for (norm,) in rows]
 

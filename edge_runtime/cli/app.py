@@ -40,7 +40,7 @@ def demo(
         typer.Option(help="NAME:MEMORY:DATA, such as pi:900M:stdlib-docs:text; repeatable."),
     ] = None,
     base: Base = "smollm2",
-    method: Annotated[str, typer.Option(help="increment, svd or zero_pad.")] = "increment",
+    method: Annotated[str, typer.Option(help="As docs/methods.md names it, such as increment.")] = "increment",
     broker: Annotated[str, typer.Option(help="nats or mosquitto (started here), or HOST:PORT of your own.")] = "nats",
     out: Annotated[Path, typer.Option(help="Folder for plots, metrics, logs and adapters.")] = Path("edge-demo"),
     config: ConfigFile = None,

@@ -13,6 +13,7 @@ from edge_runtime.lora.adapter import Adapter
 from edge_runtime.lora.files import read_peft_folder
 from edge_runtime.lora.native import is_native_folder, read_native_folder
 from export import get
+from server.aggregators.beside import published
 from server.aggregators.method import load_state
 from server.store import Store
 
@@ -60,7 +61,13 @@ def _of_server(folder: Path, version: int | None) -> tuple[Adapter, str]:
         stored = store.version(number) if number is not None else None
         if stored is None:
             raise ExportError(f"{folder} has versions {versions}; found no version {version}; choose one of them")
-        return load_state(stored.state).adapter, f"version {stored.version} of the global adapter"
+        found = published(load_state(stored.state))
+        if any(name.endswith(".core") for name in found):
+            raise ExportError(
+                "this fleet trains cores between bases that only devices have; export a device's personal adapter: "
+                "--state-dir"
+            )
+        return found, f"version {stored.version} of the global adapter"
     finally:
         store.close()
 

@@ -16,8 +16,7 @@ from edge_runtime import config as settings
 from edge_runtime.cli import shell
 from edge_runtime.config import Config
 from edge_runtime.train import planning
-from edge_runtime.trainer import AdapterSpec, Training
-from edge_runtime.wire import update
+from edge_runtime.trainer import Training
 from profiles import device as devices
 from profiles import memory, speed
 from profiles import plan as plans
@@ -29,6 +28,7 @@ from profiles.measure import SMOLLM2_SHAPES
 from profiles.plan import Plan
 from profiles.remembered import remembered_probe
 from server import aggregators, exchange
+from server.fitting import spec_of
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,9 @@ def _with_link(profile: DeviceProfile, config: Config) -> DeviceProfile:
 
 def _plan(profile: DeviceProfile, config: Config, card: ModelCard) -> Plan:
     """The plan that `edge-runtime client` would follow in a fleet of this configuration."""
-    adapter, training = config.adapter, config.training
+    training = config.training
     method = aggregators.build(config.aggregator.method, **(config.aggregator.model_extra or {}))
-    held = exchange.rank_of(config, method)
-    spec = AdapterSpec(
-        **adapter.model_dump(), max_held=held, hold_more=method.hold_more,
-        bits_up=update.bits_up(config.wire.codec_up), bits_down=update.bits_down(config.wire.codec_down),
-    )  # fmt: skip
+    spec = spec_of(config, method, exchange.rank_of(config, method))
     asked = Training(**training.model_dump(exclude={"personal_steps"}))
     return planning.choose(profile, card, spec, asked, planning.owner_of(config.device), None)
 

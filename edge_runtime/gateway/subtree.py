@@ -32,7 +32,7 @@ def method_of(config: Config, say: Callable[[str], None]) -> Aggregator:
     """How a subtree's updates are reduced.
 
     Raises:
-        ConfigError: no such method, one that has no increments, or a server optimiser.
+        ConfigError: no such method, one that does not sum increments, or a server optimiser.
     """
     own = config.aggregator
     if (own.model_extra or {}).get("optimizer") is not None:
@@ -41,9 +41,10 @@ def method_of(config: Config, say: Callable[[str], None]) -> Aggregator:
             "[aggregator] optimizer to the fleet above"
         )
     method = aggregators.build(own.method, engines.build(config.server, say), **(own.model_extra or {}))
-    if not method.increments:
+    if not method.increments or method.beside:
         raise ConfigError(
-            f'a gateway sums increments, and [aggregator] method "{own.method}" has none; take "increment" there'
+            f'a gateway sums increments, and [aggregator] method "{own.method}" does something else; take "increment" '
+            "there, whatever the fleet above takes"
         )
     return method
 

@@ -152,6 +152,12 @@ def signed(spectrum: Spectrum) -> Spectrum:
     return Spectrum(u * sign, spectrum.s, spectrum.vt * sign[:, None])
 
 
+def image(spectrum: Spectrum, x: Wide, start: int = 0) -> Wide:
+    """The product of the directions from `start` on with x (d_in, k); (d_out, k)."""
+    u, s, vt = spectrum.u[:, start:], spectrum.s[start:], spectrum.vt[start:]
+    return np.asarray(u @ (s[:, None] * (vt @ x)))
+
+
 def to_pair(spectrum: Spectrum, start: int = 0, stop: int | None = None) -> Pair:
     """Directions start..stop of a spectrum as a pair: a = c v^T with rows of norm c = ROW_NORM, b = u s / c.
 
@@ -215,11 +221,7 @@ def norm(pair: Pair) -> float:
 
     Through the R factors of both sides, not through Gram matrices: a Gram matrix squares the condition number.
     """
-    if pair.rank == 0:
-        return 0.0
-    _, r_b = np.linalg.qr(pair.b.astype(np.float64))
-    _, r_a = np.linalg.qr(pair.a.astype(np.float64).T)
-    return float(np.linalg.norm(r_b @ r_a.T))
+    return size_of(pair.b.astype(np.float64), pair.a.astype(np.float64))
 
 
 def distance(x: Pair, y: Pair) -> float:
@@ -227,12 +229,14 @@ def distance(x: Pair, y: Pair) -> float:
 
     Through R factors, as in `norm`: two products that nearly agree cancel in the small core and not in float32.
     """
-    b, a = stack([(1.0, x), (-1.0, y)])
+    return size_of(*stack([(1.0, x), (-1.0, y)]))
+
+
+def size_of(b: Wide, a: Wide) -> float:
+    """Frobenius norm of b @ a, (d_out, R) and (R, d_in), without forming it."""
     if b.shape[1] == 0:
         return 0.0
-    _, r_b = np.linalg.qr(b)
-    _, r_a = np.linalg.qr(a.T)
-    return float(np.linalg.norm(r_b @ r_a.T))
+    return float(np.linalg.norm(np.linalg.qr(b)[1] @ np.linalg.qr(a.T)[1].T))
 
 
 def tail_norm(spectrum: Spectrum, rank: int) -> float:

@@ -96,28 +96,30 @@ def distinct(terms: Iterable[tuple[float, Pair]]) -> Term | None:
     Slices of one version share their directions, so of a thousand slices no more than that version is left. Directions
     that contribute nothing are left out; None if none does.
     """
-    weights: dict[tuple[bytes, bytes], float] = {}
-    read: deque[tuple[Pair, list[tuple[bytes, bytes] | None]]] = deque(maxlen=REMEMBERED)
+    places: dict[tuple[bytes, bytes], int] = {}
+    read: deque[tuple[Pair, NDArray[np.intp]]] = deque(maxlen=REMEMBERED)
+    weights = np.zeros(0)
     for weight, pair in terms:
         # Most slices are the first directions of one array: where that can be seen, they need not be read again.
-        keys = next((known for whole, known in read if _begins(pair, whole)), None)
-        if keys is None:
-            keys = _keys(pair)
-            read.append((pair, keys))
-        for key in keys[: pair.rank]:
-            if key is not None:
-                weights[key] = weights.get(key, 0.0) + weight
-    left = {key: weight for key, weight in weights.items() if weight}
+        at = next((known for whole, known in read if _begins(pair, whole)), None)
+        if at is None:
+            at = np.asarray([places.setdefault(key, len(places)) for key in _keys(pair)], np.intp)
+            weights = np.concatenate([weights, np.zeros(len(places) - weights.size)])
+            read.append((pair, at))
+        np.add.at(weights, at[: pair.rank], weight)
+    left = [(weight, key) for weight, key in zip(weights.tolist(), places, strict=True) if weight and all(key)]
     if not left:
         return None
-    b, a = (np.stack([np.frombuffer(key[side], np.float32) for key in left]) for side in (0, 1))
-    return np.asarray(list(left.values())), Pair(a, np.ascontiguousarray(b.T))
+    b, a = (np.stack([np.frombuffer(key[side], np.float32) for _, key in left]) for side in (0, 1))
+    return np.asarray([weight for weight, _ in left]), Pair(a, np.ascontiguousarray(b.T))
 
 
-def _keys(pair: Pair) -> list[tuple[bytes, bytes] | None]:
-    """Each direction as its bytes; None for one that contributes nothing."""
+def _keys(pair: Pair) -> list[tuple[bytes, bytes]]:
+    """Each direction as its bytes; all that contribute nothing have the same, which are none."""
     rows = np.ascontiguousarray(pair.b.T)
-    return [(b.tobytes(), a.tobytes()) if b.any() and a.any() else None for b, a in zip(rows, pair.a, strict=True)]
+    return [
+        (b.tobytes(), a.tobytes()) if b.any() and a.any() else (b"", b"") for b, a in zip(rows, pair.a, strict=True)
+    ]
 
 
 def _begins(pair: Pair, whole: Pair) -> bool:

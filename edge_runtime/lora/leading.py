@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from edge_runtime.lora.algebra import Spectrum, factorise, tail_norm
+from edge_runtime.lora.algebra import Spectrum, Wide, factorise, image, tail_norm
 from edge_runtime.lora.columns import Columns, magnitude, squared_norm, stacked
 from edge_runtime.lora.sketch import DOUBLE, SINGLE, Sketch, sketch
 
@@ -24,11 +24,11 @@ OVERSAMPLING = 16
 is found last."""
 SMALL = 2e8
 """What takes a few milliseconds is done exactly."""
-STEPS = 2
-"""Power iterations that a sketch is expected to take, when costs are compared."""
-QR_COST, SVD_COST, DOUBLE_COST = 12.0, 3.0, 2.4
-"""Time of a floating point operation in a thin QR, in the SVD of a core, and in a product in float64, in units of one
-in a float32 product; measured with OpenBLAS on one core."""
+HALVES = 3
+"""Half steps that a sketch is expected to take, when costs are compared."""
+QR_COST, BASIS_COST, SVD_COST, DOUBLE_COST = 12.0, 10.0, 3.0, 2.4
+"""Time of a floating point operation in a thin QR, in an orthonormal basis by products (of 2 d k² operations), in the
+SVD of a core, and in a product in float64, in units of one in a float32 product; measured with OpenBLAS on one core."""
 WORTH = 0.6
 """A sketch is taken where it costs less than this share of the exact way, which is worth something by itself."""
 GRAMS_WORTH = 0.5
@@ -47,6 +47,7 @@ class Leading:
         norm: Frobenius norm of the sum.
         lacking: Frobenius norm of what the directions lack, exact or estimated.
         bound: a number that it does not exceed, but for rounding.
+        missed: (d_out, PROBES), the probes times what the directions lack; (d_out, 0) where no probes were given.
         rounding: how far the directions may be off by rounding.
         how: the way that was taken; "stream" if the sum was never in memory as a whole.
         why: what decided that, for people.
@@ -56,6 +57,7 @@ class Leading:
     norm: float
     lacking: float
     bound: float
+    missed: Wide
     rounding: float
     how: Literal["exact", "sketch", "stream"]
     why: str
@@ -73,7 +75,16 @@ class Leading:
         return self.rounding + (self.bound + tail if self.how == "stream" else math.hypot(self.bound, tail))
 
 
-def leading(parts: Sequence[Columns], rank: int, keep: int, *, seed: str, excess: float = EXCESS) -> Leading:
+def leading(
+    parts: Sequence[Columns],
+    rank: int,
+    keep: int,
+    *,
+    seed: str,
+    excess: float = EXCESS,
+    spare: int = OVERSAMPLING,
+    probes: Wide | None = None,
+) -> Leading:
     """The first `keep` directions of the sum of all parts.
 
     Args:
@@ -82,27 +93,34 @@ def leading(parts: Sequence[Columns], rank: int, keep: int, *, seed: str, excess
         keep: directions wanted, at least `rank`; fewer come back where there are no more.
         seed: names the random draws of a sketch.
         excess: relative, of the error over the optimum, that is allowed.
+        spare: directions that a sketch searches for beyond those.
+        probes: (d_in, PROBES), whose image of what is left out is wanted; see `sketch.probes_from`.
     """
     d_out, d_in = parts[0].shape
     count, smallest = sum(part.count for part in parts), min(d_out, d_in)
     keep = min(keep, smallest, count)
-    width = max(1, min(max(keep, rank + rank // 2) + OVERSAMPLING, smallest, count))
+    width = max(1, min(max(keep, rank + rank // 2) + spare, smallest, count))
     exactly, sketched = _exact_cost(d_out, d_in, count), _sketch_cost(d_out, d_in, count, width)
     costs = f"{count} columns; {_flops(exactly)} exactly, {_flops(sketched)} by a sketch of {width}"
     if exactly < SMALL or sketched >= WORTH * exactly:
-        return _exact(parts, keep, costs)
+        return _exact(parts, keep, probes, costs)
     grams = (d_out + d_in) * count**2
-    found = sketch(parts, rank, width, excess=excess, seed=seed)
+    found = sketch(parts, rank, width, excess=excess, seed=seed, probes=probes)
     if found.excess > excess:
-        return _exact(parts, keep, f"{costs}, whose excess stayed at {found.excess:.1e} after {found.steps} steps")
-    return _sketched(parts, found, keep, costs, grams=grams < GRAMS_WORTH * sketched)
+        why = f"{costs}, whose excess stayed at {found.excess:.1e} after {found.steps} steps"
+        return _exact(parts, keep, probes, why)
+    told = _sketched(parts, found, keep, costs, grams=grams < GRAMS_WORTH * sketched)
+    if probes is None:
+        return told
+    return replace(told, missed=found.missed + image(found.spectrum, probes, keep))
 
 
-def _exact(parts: Sequence[Columns], keep: int, why: str) -> Leading:
+def _exact(parts: Sequence[Columns], keep: int, probes: Wide | None, why: str) -> Leading:
     whole = factorise(*stacked(parts))
     kept = Spectrum(whole.u[:, :keep], whole.s[:keep], whole.vt[:keep])
-    lacking = tail_norm(whole, keep)
-    return Leading(kept, tail_norm(whole, 0), lacking, lacking, 64 * DOUBLE * magnitude(parts), "exact", why)
+    lacking, rounding = tail_norm(whole, keep), 64 * DOUBLE * magnitude(parts)
+    missed = whole.u[:, :0] if probes is None else image(whole, probes, keep)
+    return Leading(kept, tail_norm(whole, 0), lacking, lacking, missed, rounding, "exact", why)
 
 
 def _sketched(parts: Sequence[Columns], found: Sketch, keep: int, costs: str, *, grams: bool) -> Leading:
@@ -120,7 +138,8 @@ def _sketched(parts: Sequence[Columns], found: Sketch, keep: int, costs: str, *,
             whole, bound = math.sqrt(left), min(bound, math.sqrt(left + noise))
             told += "; error by Gram matrices"
     lacking, most = math.sqrt(whole**2 + beyond), math.sqrt(bound**2 + beyond)
-    return Leading(kept, math.sqrt(whole**2 + captured), lacking, most, found.rounding, "sketch", told)
+    norm = math.sqrt(whole**2 + captured)
+    return Leading(kept, norm, lacking, most, kept.u[:, :0], found.rounding, "sketch", told)
 
 
 def _exact_cost(d_out: int, d_in: int, count: int) -> float:
@@ -132,9 +151,8 @@ def _exact_cost(d_out: int, d_in: int, count: int) -> float:
 
 
 def _sketch_cost(d_out: int, d_in: int, count: int, width: int) -> float:
-    """Of the products with the factors and the thin QRs of a few steps, in operations of a float32 product."""
-    passes = 2 * STEPS + 2
-    return passes * (2 * (d_out + d_in) * count * width + QR_COST * 2 * (d_out + d_in) * width**2)
+    """Of the products with the factors and the bases of a few half steps, in operations of a float32 product."""
+    return (HALVES + 1) * (d_out + d_in) * width * (2 * count + BASIS_COST * width)
 
 
 def _flops(cost: float) -> str:

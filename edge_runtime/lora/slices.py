@@ -2,7 +2,8 @@
 
 A device holds h directions of the global adapter and trains r of them. `top` takes the first r, those of the largest
 singular values; `rotating` a window of r that moves on with each version; `personal` those in which the device's own
-data have most to say; `fresh` directions in which nothing was learnt yet.
+data have most to say; `fresh` directions in which nothing was learnt yet; `last` the last r, where those before them
+stay as they are.
 
 Directions have numbers: those of the global adapter its own, and those that `fresh` appends FRESH, FRESH + 1 … An
 appended direction has zero `b`, and its row of `a` is drawn from a text that both ends know (version and layer), so it
@@ -74,6 +75,10 @@ def _top(view: View) -> tuple[int, ...]:
     return tuple(range(view.trained))
 
 
+def _last(view: View) -> tuple[int, ...]:
+    return tuple(range(view.received.rank - view.trained, view.received.rank))
+
+
 def _rotating(view: View) -> tuple[int, ...]:
     held = view.received.rank
     start = view.version * view.trained % held if held else 0
@@ -97,8 +102,11 @@ def _fresh(view: View) -> tuple[int, ...]:
     return (*empty, *range(FRESH, FRESH + missing))
 
 
+LAST = "last"
+
 POLICIES: Mapping[str, Callable[[View], tuple[int, ...]]] = {
     "top": _top,
+    LAST: _last,
     "rotating": _rotating,
     "fresh": _fresh,
     "personal": _personal,

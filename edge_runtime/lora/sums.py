@@ -18,16 +18,21 @@ from itertools import chain
 
 import numpy as np
 
-from edge_runtime.lora.algebra import Spectrum, Wide, draw_from
-from edge_runtime.lora.columns import Columns, Term, chunks, forward, magnitude
+from edge_runtime.lora.algebra import Spectrum, Wide, image, tail_norm
+from edge_runtime.lora.columns import Columns, Term, chunks
 from edge_runtime.lora.leading import EXCESS, Leading, leading
-from edge_runtime.lora.sketch import DOUBLE, PROBES, SHARE
+from edge_runtime.lora.sketch import PROBES, SHARE, probes_from
 from edge_runtime.lora.streaming import Partial, absorb, nothing
 
 ROOM_BYTES = 256 << 20
 """Memory for the factors of one sum. What is computed from them takes a small part of it more."""
+STRETCH = 0.125
+"""Chunks may be wider than the room by this share of it, all of them together: no chunk is begun for so few columns."""
 CAP = 1.25
 """Directions that a stream keeps, as a multiple of those wanted."""
+LOOSER = 10.0
+"""A cut of a stream is allowed so many times the excess: what one step more would find is little beside what all cuts
+leave out."""
 
 
 def total(
@@ -49,7 +54,8 @@ def total(
         rank: to which the sum will be cut; there the excess is judged.
         keep: directions wanted, at least `rank`; fewer come back where there are no more.
         seed: names the random draws.
-        excess: relative, of the error over the optimum, that is allowed where the sum fits into the room.
+        excess: relative, of the error over the optimum, that is allowed; ten times it in each cut where the sum does
+            not fit into the room.
         room: bytes for factors.
 
     Raises:
@@ -61,35 +67,34 @@ def total(
         raise ValueError("cannot add an empty sequence of products")
     shape, cap = first[1].shape, max(round(CAP * keep), 1)
     capacity = max(room // (4 * sum(shape)), 2 * cap)
-    taken = chunks(chain([first], begun), min(capacity, max(count, 1)))
-    if count <= capacity:
+    number = max(math.ceil(count / capacity - STRETCH), 1)
+    taken = chunks(chain([first], begun), max(math.ceil(count / number), 1))
+    if number == 1:
         return leading(list(taken), rank, keep, seed=seed, excess=excess)
-    return _streamed(taken, shape, (rank, keep, cap), seed=seed, excess=excess)
+    return _streamed(taken, shape, (rank, keep, cap), seed=seed, excess=LOOSER * excess)
 
 
 def _streamed(
     taken: Iterator[Columns], shape: tuple[int, int], widths: tuple[int, int, int], *, seed: str, excess: float
 ) -> Leading:
     """Chunk after chunk. Probes see all of the sum: what was left out is known better than by the sum of all cuts."""
-    (d_out, d_in), (rank, keep, cap) = shape, widths
-    probes, image = draw_from(f"{seed}:probes", (d_in, PROBES)), np.zeros((d_out, PROBES))
-    partial, size, seen = nothing(shape), 0.0, 0
+    rank, keep, cap = widths
+    probes = probes_from(seed, shape[1])
+    partial, seen = nothing(shape, PROBES), 0
     for columns in taken:
-        partial = absorb(partial, [columns], rank, cap, seed=seed, excess=excess)
-        image += forward([columns], probes, np.float64)
-        size, seen = math.hypot(size, magnitude([columns])), seen + columns.count
-    return _finished(partial, image, probes, keep, size, f"{seen} columns in {partial.cuts} chunks, cut to {cap}")
+        partial = absorb(partial, [columns], rank, cap, seed=seed, excess=excess, probes=probes)
+        seen += columns.count
+    return _finished(partial, probes, keep, f"{seen} columns in {partial.cuts} chunks, cut to {cap}")
 
 
-def _finished(partial: Partial, image: Wide, probes: Wide, keep: int, size: float, why: str) -> Leading:
+def _finished(partial: Partial, probes: Wide, keep: int, why: str) -> Leading:
     whole = partial.spectrum
     kept = Spectrum(whole.u[:, :keep], whole.s[:keep], whole.vt[:keep])
-    held = kept.u @ (kept.s[:, None] * (kept.vt @ probes))
-    shown = image - held
-    lacking = float(np.linalg.norm(shown)) / math.sqrt(PROBES)
-    cut = partial.bound + float(np.linalg.norm(whole.s[keep:]))
-    rounding = 16 * DOUBLE * size
+    missed = partial.missed + image(whole, probes, keep)
+    lacking = float(np.linalg.norm(missed)) / math.sqrt(PROBES)
+    cut = partial.bound + tail_norm(whole, keep)
     bound = min(lacking / math.sqrt(SHARE), cut)
     # What earlier cuts left out need not be orthogonal to what is kept; where terms cancel, it is the opposite of it.
-    norm = math.sqrt(max(float(np.sum(kept.s**2) + 2 * np.sum(held * shown) / PROBES) + lacking**2, 0.0))
-    return Leading(kept, norm, min(lacking, bound), bound, rounding, "stream", why)
+    both = 2 * float(np.sum(image(kept, probes) * missed)) / PROBES
+    norm = math.sqrt(max(float(np.sum(kept.s**2)) + both + lacking**2, 0.0))
+    return Leading(kept, norm, min(lacking, bound), bound, missed, partial.rounding, "stream", why)

@@ -106,7 +106,7 @@ def _drifts(beside: Mapping[str, Array]) -> dict[str, Pair]:
 
 def _moved(last: RoundState, name: str, scaling: float) -> tuple[Pair, Pair, Pair] | None:
     """What the model held in the last round, and the slice before and after it; None where it trained no such layer."""
-    if f"{name}.{ROWS}" not in last.beside or f"{name}.a" not in last.parameters:
+    if f"{name}.{ROWS}" not in last.beside or not {f"{name}.a", f"{name}.b"} <= last.parameters.keys():
         return None
     then = Pair(last.beside[f"{name}.{SEEN}.a"], last.beside[f"{name}.{SEEN}.b"])
     a, b = last.parameters[f"{name}.a"], last.parameters[f"{name}.b"] * np.float32(scaling)

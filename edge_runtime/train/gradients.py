@@ -34,7 +34,7 @@ def finish(
 
     Args:
         model: the live model, in which the culprit of a gradient that is not finite is looked for.
-        parameters: those that are trained, by name.
+        parameters: those of the slice, by name; those that require no gradient are left as they are.
         terms: beside the loss.
         most: the joint norm is clipped to this.
         step: counted from 0, for messages.
@@ -45,24 +45,25 @@ def finish(
     """
     # bitsandbytes can lose gradients without a word (its packed CPU kernels have no backward); AdamW would then skip
     # the parameters and the round would end as it began.
-    lost = [name for name, parameter in parameters.items() if parameter.grad is None]
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    lost = [name for name, parameter in trained.items() if parameter.grad is None]
     if lost:
         raise RoundError(
-            f"step {step + 1}: expected a gradient for each of {len(parameters)} parameters, none for {len(lost)} "
+            f"step {step + 1}: expected a gradient for each of {len(trained)} parameters, none for {len(lost)} "
             f"({lost[0]}, …); the base model's kernels cut the backward pass: load it without 4-bit weights"
         )
-    norms = optimizer.gradient_norms(parameters)
+    norms = optimizer.gradient_norms(trained)
     total = loss = math.hypot(*norms.values())
     if terms and math.isfinite(loss):
         for term in terms:
             term(parameters)
-        norms = optimizer.gradient_norms(parameters)
+        norms = optimizer.gradient_norms(trained)
         total = math.hypot(*norms.values())
     if not math.isfinite(total):
-        where = first_bad_gradient(model, norms, parameters)
+        where = first_bad_gradient(model, norms, trained)
         raise NotFiniteError(
             f"step {step + 1}: expected a finite gradient, found norm {total}, first in that of '{where}'; "
             "lower learning_rate, or compute in float32"
         )
-    optimizer.clip(parameters, total, most)
+    optimizer.clip(trained, total, most)
     return Norms(total, loss)

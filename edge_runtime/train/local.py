@@ -16,7 +16,7 @@ from edge_runtime.errors import DataError, DeviceMemoryError
 from edge_runtime.lora.adapter import Adapter, Matrix, Slot
 from edge_runtime.lora.algebra import change
 from edge_runtime.lora.slices import Scores
-from edge_runtime.train import data, drift, heap, loop, prepared, resume
+from edge_runtime.train import cores, data, drift, heap, loop, prepared, resume
 from edge_runtime.train.alignment import scores
 from edge_runtime.train.base import LoadedBase, load, prepare
 from edge_runtime.train.bounds import bound_primitive_cache
@@ -26,12 +26,12 @@ from edge_runtime.train.footprint import Footprint
 from edge_runtime.train.keeping import Keeping, KeptRounds, RoundName, key_of
 from edge_runtime.train.live import LiveModel
 from edge_runtime.train.optimizer import LEAST_8BIT, Array
-from edge_runtime.train.planning import Owner, choose, in_words, slot_of
+from edge_runtime.train.planning import Owner, choose, in_words, shared, slot_of
 from edge_runtime.train.receiving import Received, fitted, receive, slot_for
 from edge_runtime.train.reporting import SILENT, Reporting, Reports, Subject
 from edge_runtime.train.source import resolve
 from edge_runtime.train.tasks import same_model, same_numbers, task_of
-from edge_runtime.train.terms import Term, proximal, push
+from edge_runtime.train.terms import Term, proximal, push, tail
 from edge_runtime.train.token_cache import in_words as told_of
 from edge_runtime.train.token_cache import tokens_of
 from edge_runtime.train.vocabulary import check_vocabulary
@@ -199,7 +199,7 @@ class LocalTrainer:
         device = "cuda" if profile.kind == "cuda" else "cpu"
         base = load(found, compute_dtype=chosen.compute_dtype, product_dtype=chosen.product_dtype, device=device)
         tokens, tokens_held_out = self._tokens(base, chosen.max_length)
-        live = get(spec.family).attach(base.model, slot, scaling=spec.scaling)
+        live = get(spec.family).attach(cores.inserted(base.model, slot), slot, scaling=spec.scaling)
         digest = data.digest_of(tokens.examples)
         return Ready(chosen, card, spec, ceiling, slot, base, live, tokens.examples, tokens_held_out.examples, digest)
 
@@ -232,7 +232,7 @@ class LocalTrainer:
         versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
         profile = self._profile
         return Introduction(
-            slot=ready.slot,
+            slot=shared(ready.slot, ready.spec),
             base=ready.base.prepared.fingerprint,
             examples=len(ready.train),
             device=f"{profile.name}: {profile.cpu_model}, {profile.usable_cores} cores" if profile else platform.node(),
@@ -346,7 +346,8 @@ class LocalTrainer:
         family = get(ready.spec.family)
 
         def parameters() -> dict[str, Matrix]:
-            return {name: p.detach().cpu().numpy().copy() for name, p in family.trainable(ready.live).items()}
+            learnt = loop.learning(family.trainable(ready.live), training.factors)
+            return {name: p.detach().cpu().numpy().copy() for name, p in learnt.items()}
 
         name = RoundName(round_number, key, key_of(of_model), optimizer)
 
@@ -362,7 +363,8 @@ class LocalTrainer:
 
     def _terms(self, training: Training, received: Received, start: resume.RoundState | None) -> list[Term]:
         """What holds the device near its fleet, beside the loss."""
-        found, scaling = [], self.ready.live.scaling
+        scaling = self.ready.live.scaling
+        found = [tail(training.kept, training.tail_penalty, scaling)] if training.tail_penalty else []
         if training.proximal:
             found.append(proximal(received.before, training.proximal, scaling))
         direction = drift.pushes(start.beside) if start is not None else {}
@@ -395,4 +397,4 @@ class LocalTrainer:
 
     def personal(self) -> Adapter:
         """All that the live model holds now, the trained slice included: this device's own adapter."""
-        return get(self.ready.spec.family).read_all(self.ready.live)
+        return cores.expanded(get(self.ready.spec.family).read_all(self.ready.live), self.ready.live.model)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from edge_runtime.errors import DataError, DeviceMemoryError, RoundError, unknown_name
+from edge_runtime.lora.factors import Factors
 from edge_runtime.train import families, gradients, heap, optimizer
 from edge_runtime.train.batches import Packed, pack_together
 from edge_runtime.train.checkpointing import checkpointing, decoder_layers, for_memory
@@ -53,6 +54,7 @@ class LocalTask:
         recomputed_layers: with checkpointing, the first so many of the layers that the backward pass goes through are
             recomputed, and the last ones keep their activations; None for all of them.
         virtual_tokens: that the live model puts before each example; they take room in a pack.
+        factors: which factors are trained, "ab", "a" or "b"; the others stay as they are.
     """
 
     steps: int
@@ -71,6 +73,7 @@ class LocalTask:
     pack_tokens: int = 0
     recomputed_layers: int | None = None
     virtual_tokens: int = 0
+    factors: Factors = "ab"
 
     def __post_init__(self) -> None:
         for name in ("steps", "micro_batch", "gradient_accumulation_steps"):
@@ -193,10 +196,9 @@ def train_round(  # noqa: PLR0913 - what a round begins with, and who is told or
     """
     if not examples:
         raise DataError("expected at least one example to train on, found none; give this device data")
-    parameters = families.get(task.family).trainable(live)
-    if not parameters:
-        raise RoundError("this device's slot trains no layer; expected at least one, or no call for training")
-    run = _Run(live, task, parameters, _optimizer(task, parameters), should_stop, terms)
+    whole = families.get(task.family).trainable(live)
+    parameters = _prepared(whole, task)
+    run = _Run(live, task, whole, _optimizer(task, parameters), should_stop, terms)
     reports: list[StepReport] = []
     beside = start.beside if start is not None else {}
     if start is not None:
@@ -227,6 +229,27 @@ def train_round(  # noqa: PLR0913 - what a round begins with, and who is told or
     if broken is not None:
         raise NotFiniteError(broken, state)
     return _result(state, examples, task, finished=finished, failure=failure)
+
+
+def learning(parameters: Mapping[str, torch.nn.Parameter], factors: Factors) -> dict[str, torch.nn.Parameter]:
+    """Of a slice's parameters, those that a round which trains these factors changes.
+
+    Args:
+        parameters: those of a family, by name; a name that ends in neither ".a" nor ".b" is of no factor.
+        factors: as in a task.
+    """
+    still = {"ab": (), "a": (".b",), "b": (".a",)}[factors]
+    return {name: parameter for name, parameter in parameters.items() if not name.endswith(still)}
+
+
+def _prepared(parameters: Mapping[str, torch.nn.Parameter], task: LocalTask) -> dict[str, torch.nn.Parameter]:
+    """Those that the task changes; the others require no gradient for now."""
+    found = learning(parameters, task.factors)
+    if not found:
+        raise RoundError("this device's slot trains no layer; expected at least one, or no call for training")
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in found)
+    return found
 
 
 def evaluate(live: LiveModel, examples: Sequence[Tokenised], *, batch: int = 1) -> Evaluation:

@@ -87,7 +87,8 @@ class _AdaptedProduct(torch.autograd.Function):
             if down is not None and up is not None:
                 y.addmm_(rows @ down.to(kind).T, up.to(kind).T, alpha=scaling)
         # What only the gradients of A and B need is kept only for them.
-        ctx.save_for_backward(x if a is not None and a.requires_grad else None, a, b, held_a, held_b)
+        learnt = any(factor is not None and factor.requires_grad for factor in (a, b))
+        ctx.save_for_backward(x if learnt else None, a, b, held_a, held_b)
         ctx.layer, ctx.scaling, ctx.narrow = layer, scaling, x.dtype
         return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
@@ -111,8 +112,10 @@ class _AdaptedProduct(torch.autograd.Function):
                 dx.addmm_(inner, down)
             if x is not None:
                 rows = x.reshape(-1, x.shape[-1]).to(kind)
-                da = (inner.T @ rows).to(a.dtype)
-                db = (g.T @ (rows @ down.T)).to(b.dtype).mul_(ctx.scaling)
+                if ctx.needs_input_grad[1]:
+                    da = (inner.T @ rows).to(a.dtype)
+                if ctx.needs_input_grad[2]:
+                    db = (g.T @ (rows @ down.T)).to(b.dtype).mul_(ctx.scaling)
         if dx is not None:
             dx = dx.to(ctx.narrow).view(*gradients[0].shape[:-1], dx.shape[-1])
         return dx, da, db, None, None, None, None

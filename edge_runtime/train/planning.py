@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from edge_runtime.config import Device
+from edge_runtime.errors import ConfigError
 from edge_runtime.lora.adapter import LayerSlot, Slot
 from edge_runtime.lora.dense import is_dense
 from edge_runtime.trainer import AdapterSpec, Training
@@ -64,12 +65,13 @@ def choose(
     ranked = family(spec.family).ranked
     task = Task(
         target_modules=spec.target_modules,
-        max_rank=min(spec.max_rank, spec.max_held) if ranked else 1,
-        max_held=spec.max_held if ranked else 1,
+        max_rank=min(spec.max_rank, spec.max_held) + spec.own if ranked else 1,
+        max_held=spec.max_held + spec.own if ranked else 1,
         max_length=spec.max_length,
         batch_size=training.batch_size,
         steps=training.max_steps,
         hold_more=spec.hold_more,
+        beside=spec.beside,
         bits_up=spec.bits_up,
         bits_down=spec.bits_down,
         # What was received of the trained slice is held in any case, but not on a card.
@@ -79,21 +81,50 @@ def choose(
     memory = ceiling
     if ceiling is not None and "memory_bearable_bytes" not in profile.unreadable:
         memory = min(ceiling, profile.memory_bearable_bytes)
-    return plan(profile, card, task, Budgets(memory, owner.round_seconds, owner.round_bytes), owner.overrides)
+    budgets = Budgets(memory, owner.round_seconds, owner.round_bytes)
+    return plan(profile, card, task, budgets, _overrides(owner, spec))
+
+
+def _overrides(owner: Owner, spec: AdapterSpec) -> Overrides:
+    """What is not left to the plan: what the owner insists on, and the rank where all devices train the same."""
+    if not spec.equal_ranks:
+        return owner.overrides
+    if owner.overrides.rank not in {None, spec.max_rank}:
+        raise ConfigError(
+            f"every device of this fleet trains rank {spec.max_rank}; found [device] rank {owner.overrides.rank}; "
+            "leave it out, or let the fleet merge by a method for unequal ranks, such as increment"
+        )
+    return replace(owner.overrides, rank=spec.max_rank + spec.own)
 
 
 def slot_of(chosen: Plan, card: ModelCard, spec: AdapterSpec) -> Slot:
     """The plan's slot within the fleet's terms: no rank beyond a layer's size, nothing held that must not be."""
     layers = {}
-    for name, layer in chosen.layers(card, spec.target_modules).items():
-        if is_dense(name):
+    for path, layer in chosen.layers(card, spec.target_modules).items():
+        if is_dense(path):
             # One row, or as many as the global adapter has.
-            layers[name] = LayerSlot(layer.d_out or spec.max_held, layer.d_in, layer.held, layer.trained)
+            layers[path] = LayerSlot(layer.d_out or spec.max_held, layer.d_in, layer.held, layer.trained)
             continue
-        widest = min(layer.d_out, layer.d_in, spec.max_held)
-        trained = min(layer.trained, widest)
-        held = layer.held if spec.hold_more else (layer.trained or chosen.rank)
-        layers[name] = LayerSlot(layer.d_out, layer.d_in, max(trained, min(held, widest)), trained)
+        name, d_out, d_in = path, layer.d_out, layer.d_in
+        if spec.core:
+            # A core is a layer of its own, and square; the plan knows the one beside which it stands.
+            size = min(spec.core, d_out, d_in)
+            name, d_out, d_in = f"{path}.core", size, size
+        beside, widest = min(spec.beside, d_out, d_in), min(d_out, d_in, spec.max_held)
+        own = min(spec.own, d_out, d_in) if layer.trained else 0
+        trained = min(max(layer.trained - spec.own, 0), widest)
+        held = layer.held if spec.hold_more else (layer.trained or chosen.rank) - spec.own
+        held = max(trained, min(held, widest))
+        layers[name] = LayerSlot(d_out, d_in, beside + held + own, trained + own)
+    return Slot(layers)
+
+
+def shared(slot: Slot, spec: AdapterSpec) -> Slot:
+    """What of a slot is the fleet's: all but the directions that the device trains for itself alone."""
+    layers = {}
+    for name, layer in slot.layers.items():
+        own = min(spec.own, layer.d_out, layer.d_in) if layer.trained else 0
+        layers[name] = replace(layer, held=layer.held - own, trained=layer.trained - own)
     return Slot(layers)
 
 

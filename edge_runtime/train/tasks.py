@@ -47,4 +47,5 @@ def task_of(training: Training, round_number: int, chosen: Plan, family: str) ->
         lora_plus_ratio=training.lora_plus_ratio,
         family=family,
         virtual_tokens=virtual,
+        factors=training.factors,
     )

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.errors import CorruptPayloadError, TooLargeError, UnknownCodecError, WireError, unknown_name
 from edge_runtime.lora.adapter import Adapter, Matrix, Pair
+from edge_runtime.lora.factors import Factors
 from edge_runtime.wire import floats, grids, layout, normal_float, sparse
 from edge_runtime.wire.coding import Codec, Part, size
 from edge_runtime.wire.layout import Batch, Layer
@@ -52,7 +53,7 @@ CODECS: Mapping[str, Codec] = {
     "int2": grids.ternary(0.6),
     "int1": grids.SIGNS,
     "topk": sparse.top(32),
-    "none": NOTHING,
+    layout.NOTHING: NOTHING,
 }
 
 AXES: Mapping[str, int] = {"a": 0, "b": 1}
@@ -74,7 +75,11 @@ def codec(name: str) -> Codec:
 
 
 def encode(
-    adapter: Adapter, how: str | tuple[Layer, ...], directions: Mapping[str, Sequence[int]] | None = None
+    adapter: Adapter,
+    how: str | tuple[Layer, ...],
+    directions: Mapping[str, Sequence[int]] | None = None,
+    *,
+    factor: Factors = "ab",
 ) -> bytes:
     """An adapter as a blob: packed by the codec of that name, or as a layout says.
 
@@ -84,13 +89,14 @@ def encode(
         adapter: what is packed.
         how: by which codec, or codecs.
         directions: of a slice, layer → the numbers of its directions; the first ones where a layer is not named.
+        factor: "a" or "b" where the other one is not to travel: it arrives as zeros.
 
     Raises:
         UnknownCodecError: no such codec.
         WireError: a value that the codec cannot hold, NaN and infinity among them.
     """
     layers = layout.uniform(adapter.shapes, adapter.ranks, how) if isinstance(how, str) else how
-    layers = layout.sliced(layers, directions or {})
+    layers = layout.only(layout.sliced(layers, directions or {}), factor)
     if isinstance(how, str):
         codec(how)  # an adapter without layers asks for none
     streams: dict[str, list[NDArray[np.generic]]] = {}

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 
 from edge_runtime.errors import CorruptPayloadError, TooLargeError
+from edge_runtime.lora.factors import Factors
 
 Runs = tuple[tuple[str, int], ...]
 """Codec and number of directions, in order."""
@@ -23,6 +24,8 @@ Ranges = tuple[tuple[int, int], ...]
 
 MAX_LAYERS = 65_536
 MAX_SIDE = 1 << 31
+NOTHING = "none"
+"""The codec of directions that are not sent."""
 BATCH_NUMBERS = 1 << 16
 """Numbers after which a batch is packed: 256 KB, which the passes over it find in the cache. Part of the format."""
 
@@ -215,6 +218,21 @@ def _corrupt(expected: str, found: object) -> CorruptPayloadError:
     return CorruptPayloadError(
         f"in the layout of a blob, expected {expected}; found {found!r:.80}; ask the sender again"
     )
+
+
+def only(layers: tuple[Layer, ...], factor: Factors) -> tuple[Layer, ...]:
+    """The layout that packs of each layer one factor, "a" or "b", and of the other nothing; as it is for "ab"."""
+
+    def nothing(layer: Layer) -> Runs:
+        return ((NOTHING, layer.rank),) if layer.rank else ()
+
+    match factor:
+        case "a":
+            return tuple(replace(layer, b=nothing(layer)) for layer in layers)
+        case "b":
+            return tuple(replace(layer, a=nothing(layer)) for layer in layers)
+        case _:
+            return layers
 
 
 def uniform(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], codec: str) -> tuple[Layer, ...]:

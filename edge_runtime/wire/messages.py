@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from edge_runtime.errors import CorruptPayloadError, TooLargeError, VersionMismatchError
 from edge_runtime.lora.adapter import LayerSlot, Slot
+from edge_runtime.lora.factors import Factors, Private
 from edge_runtime.trainer import AdapterSpec, Training
 from edge_runtime.wire.blobs import BlobRef, as_ranges
 from edge_runtime.wire.sampling import FULL, number_of
@@ -57,11 +58,12 @@ class LayerGroup(Model):
 
 
 class Band(Model):
-    """Directions start..stop of the global adapter, in every layer, as one blob."""
+    """Directions start..stop of the global adapter, in every layer, as one blob; both factors, or one of them."""
 
     start: Count
     stop: Count
     blob: BlobRef
+    factor: Factors = "ab"
 
 
 class Sample(Model):
@@ -78,6 +80,9 @@ class Directive(Model):
     make the personal adapter, report. `sample` None means everybody who said hello. `run` names one life of the fleet:
     a server with a new store begins another. `increments` says whether an offer may be of that kind. So many versions
     behind this one as `max_staleness` says, an update still counts, and bands can still be fetched.
+
+    An update has the factors `sent`; those that `training` trains and nobody sends have no effect on others. A factor
+    that is `private` each device keeps for itself, from round to round, and has in the place of the fleet's.
     """
 
     v: Literal[1] = PROTOCOL
@@ -98,6 +103,8 @@ class Directive(Model):
     upload_bytes: Count | None = None
     increments: bool = False
     max_staleness: Count = 0
+    sent: Factors = "ab"
+    private: Private = ""
 
     def asks(self, client: str) -> bool:
         """Whether this device takes part in the round."""

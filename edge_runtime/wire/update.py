@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from edge_runtime.errors import UnknownCodecError
 from edge_runtime.lora.adapter import Adapter
 from edge_runtime.lora.algebra import take
+from edge_runtime.lora.factors import Factors, numbers_in, only
 from edge_runtime.wire import allocate, codec, feedback
 from edge_runtime.wire.allocate import AUTO
 from edge_runtime.wire.feedback import Residual
@@ -30,12 +31,14 @@ class Terms:
         upload_bytes: what `auto` may use; None where the fleet does not say.
         round_bytes: as above, where the device's owner does not say; see `allocate.budget_of`.
         error_feedback: whether what the codec loses is sent later.
+        sent: the factors that travel. Of another one nothing is sent, and what is owed of it stays owed.
     """
 
     codec: str
     upload_bytes: int | None = None
     round_bytes: int | None = None
     error_feedback: bool = True
+    sent: Factors = "ab"
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +80,9 @@ def make(
     """
     numbers = {name: found for name, found in (directions or {}).items() if name in change}
     trained = Adapter({name: take(received[name], range(pair.rank)) for name, pair in change.items()})
+    change = only(change, terms.sent)
     wanted = feedback.wanted(change, trained, owed, numbers) if terms.error_feedback else change
-    payload, how = pack(wanted, trained, terms, numbers)
+    payload, how = pack(only(wanted, terms.sent), trained, terms, numbers)
     sent = codec.decode(payload)
     residual = feedback.left(wanted, sent, trained, numbers) if terms.error_feedback else feedback.NONE
     return Made(payload, sent, residual, how)
@@ -96,7 +100,7 @@ def pack(
         WireError: as `make`.
     """
     if terms.codec != AUTO:
-        return codec.encode(change, terms.codec, directions), terms.codec
+        return codec.encode(change, terms.codec, directions, factor=terms.sent), terms.codec
     payload, how = _fitting(change, received, terms, directions or {})
     return payload, f"{terms.codec} ({how})"
 
@@ -105,7 +109,7 @@ def _fitting(
     wanted: Adapter, received: Adapter, terms: Terms, directions: Mapping[str, tuple[int, ...]]
 ) -> tuple[bytes, str]:
     """The largest blob tried that fits the budget; the smallest there is, if not even that fits."""
-    budget = allocate.budget_of(wanted.parameters, (terms.upload_bytes, terms.round_bytes))
+    budget = allocate.budget_of(numbers_in(wanted.sizes, terms.sent), (terms.upload_bytes, terms.round_bytes))
     aim, best = 0.98 * (budget - HEADER_BYTES - LAYER_BYTES * len(wanted)), None
     order = allocate.order(wanted, received)
     for _ in range(TRIES):

@@ -9,12 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from edge_runtime.lora.adapter import Adapter, Pair
 from edge_runtime.lora.dense import is_dense
 from server.aggregators.dense import merge_rows
-from server.aggregators.method import LayerReport, Merged, State, Update, assembled, by_layer
+from server.aggregators.method import (
+    Aggregator,
+    LayerReport,
+    Merged,
+    State,
+    Update,
+    assembled,
+    by_layer,
+    fresh_state,
+    prefix,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +107,25 @@ class Engine(Protocol):
 def local(merge: MergeLayer, tasks: Iterable[LayerTask], /) -> Iterator[LayerResult]:
     """The engine that merges one layer after the other, here."""
     return map(merge, tasks)
+
+
+def averaging(merge: MergeLayer, engine: Engine, *, exact: bool, **facts: Any) -> Aggregator:
+    """A method that averages whatever devices hold: they hold what they train, and it has no tail.
+
+    Args:
+        merge: what it does to a layer.
+        engine: carries that out.
+        exact: see `method.Aggregator`.
+        facts: likewise.
+    """
+
+    def combine(state: State, updates: Iterable[Update]) -> Merged:
+        return merge_layers(state, updates, merge, engine)
+
+    return Aggregator(
+        fresh_state, combine, prefix, lambda max_rank: max_rank,
+        hold_more=False, exact=exact, increments=False, **facts,
+    )  # fmt: skip
 
 
 def merge_layers(state: State, updates: Iterable[Update], merge: MergeLayer, engine: Engine) -> Merged:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from edge_runtime.errors import AggregationError
 from edge_runtime.lora.adapter import Adapter, Pair, Slot, joined
 from edge_runtime.lora.algebra import cut, fresh_rows
 from edge_runtime.lora.dense import as_pair, is_dense
+from edge_runtime.lora.factors import Factors, Private
 
 Shapes = Mapping[str, tuple[int, int]]
 """Layer name → (d_out, d_in)."""
@@ -124,6 +126,25 @@ class Merged:
         return float(np.sqrt(sum(layer.truncated**2 for layer in self.layers.values()) / total)) if total else 0.0
 
 
+class Asks(NamedTuple):
+    """What a round asks of a device's factors.
+
+    Attributes:
+        trained: those that it trains; the others stay as it received them.
+        sent: those that it returns.
+        private: the one that it keeps for itself, from round to round.
+    """
+
+    trained: Factors = "ab"
+    sent: Factors = "ab"
+    private: Private = ""
+
+
+def everything(_number: int) -> Asks:
+    """Of any round: both factors are trained and sent."""
+    return Asks()
+
+
 class Aggregator(NamedTuple):
     """A method.
 
@@ -138,6 +159,15 @@ class Aggregator(NamedTuple):
         increments: whether an update counts as a change of the product, so that it may be one of no slice in
             particular, such as a gateway's.
         least: fewest updates that a merge takes.
+        asks: number of a round, from 1 → what it asks of a device's factors.
+        equal_ranks: whether every device must train all of the global adapter's rank.
+        of_factors: whether the merge depends on the factors of a product, and not on the product alone.
+        weighs: whether an update counts by its weight.
+        beside: directions of the frozen adapter that devices hold beside the base; see `beside`.
+        core: whether what is trained is an r x r core between two bases that devices draw, r the fleet's largest rank.
+        own: directions that a device trains for itself alone, beside those of the fleet.
+        slice: the policy by which devices choose what they train; empty where the fleet's file decides.
+        training: what its rounds ask of local training beside that, by fields of `edge_runtime.trainer.Training`.
     """
 
     init: Callable[[Shapes, int, int], State]
@@ -148,6 +178,25 @@ class Aggregator(NamedTuple):
     exact: bool
     increments: bool
     least: int = 1
+    asks: Callable[[int], Asks] = everything
+    equal_ranks: bool = False
+    of_factors: bool = False
+    weighs: bool = True
+    beside: int = 0
+    core: bool = False
+    own: int = 0
+    slice: str = ""
+    training: Mapping[str, float] = MappingProxyType({})
+
+    @property
+    def apart(self) -> bool:
+        """Whether the two factors do not travel together in every round."""
+        return {self.asks(number) for number in (1, 2)} != {Asks()}
+
+    @property
+    def private(self) -> Private:
+        """The factor that devices keep for themselves."""
+        return self.asks(1).private
 
 
 def fresh_state(shapes: Shapes, rank: int, seed: int) -> State:

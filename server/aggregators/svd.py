@@ -17,23 +17,15 @@ Cost a layer: that of a sum of R = sum r_k columns, see `edge_runtime.lora.sums`
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from edge_runtime.lora.algebra import refill, to_pair
 from edge_runtime.lora.sums import total
-from server.aggregators.layers import Engine, LayerResult, LayerTask, local, merge_layers
-from server.aggregators.method import Aggregator, LayerReport, Merged, State, Update, fresh_state, prefix
+from server.aggregators.layers import Engine, LayerResult, LayerTask, averaging, local
+from server.aggregators.method import Aggregator, LayerReport
 
 
 def svd(engine: Engine = local, /) -> Aggregator:
     """FlexLoRA's merge, factored; `engine` merges the layers."""
-
-    def combine(state: State, updates: Iterable[Update]) -> Merged:
-        return merge_layers(state, updates, merge_layer, engine)
-
-    return Aggregator(
-        fresh_state, combine, prefix, lambda max_rank: max_rank, hold_more=False, exact=True, increments=False
-    )
+    return averaging(merge_layer, engine, exact=True)
 
 
 def merge_layer(task: LayerTask) -> LayerResult:

@@ -17,36 +17,30 @@ Cost: O(devices x r x (d_out + d_in)) a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from edge_runtime.lora.adapter import Pair
 from edge_runtime.lora.algebra import norm, pad
-from server.aggregators.layers import Engine, LayerResult, LayerTask, local, merge_layers
-from server.aggregators.method import Aggregator, LayerReport, Merged, State, Update, fresh_state, prefix
+from server.aggregators.layers import Engine, LayerResult, LayerTask, averaging, local
+from server.aggregators.method import Aggregator, LayerReport
 
 
 def zero_pad(engine: Engine = local, /) -> Aggregator:
     """HetLoRA's padded mean of factors; `engine` merges the layers."""
-
-    def combine(state: State, updates: Iterable[Update]) -> Merged:
-        return merge_layers(state, updates, merge_layer, engine)
-
-    return Aggregator(
-        fresh_state, combine, prefix, lambda max_rank: max_rank, hold_more=False, exact=False, increments=False
-    )
+    return averaging(merge_layer, engine, exact=False, of_factors=True)
 
 
 def merge_layer(task: LayerTask) -> LayerResult:
     """New global pair and report of one layer."""
-    mean = _mean(task.old, [(part.share, part.trained) for part in task.shares])
+    merged = mean(task.old, [(part.share, part.trained) for part in task.shares])
     # Nothing is truncated; what this method loses is the covariance, which only a dense reference would show.
-    return LayerResult(mean, None, LayerReport(len(task.shares), norm(mean), 0.0, 0.0))
+    return LayerResult(merged, None, LayerReport(len(task.shares), norm(merged), 0.0, 0.0))
 
 
-def _mean(old: Pair, entries: Sequence[tuple[float, Pair]]) -> Pair:
-    """Mean of the padded factors; directions beyond the widest update stay as they were."""
+def mean(old: Pair, entries: Sequence[tuple[float, Pair]]) -> Pair:
+    """Weighted mean of the padded factors; directions beyond the widest update stay as they were."""
     widest = max(pair.rank for _, pair in entries)
     a = np.sum([share * pad(pair, widest).a.astype(np.float64) for share, pair in entries], axis=0)
     b = np.sum([share * pad(pair, widest).b.astype(np.float64) for share, pair in entries], axis=0)

@@ -13,6 +13,7 @@ from edge_runtime.errors import AggregationError, ConfigError
 from edge_runtime.lora.adapter import Adapter
 from edge_runtime.lora.algebra import distance, norm
 from edge_runtime.trainer import LocalResult
+from server.aggregators.beside import published
 from tests.gateway.tree import Sites, Tree
 from tests.runtime.fleets import Devices
 from tests.runtime.toy import SHAPES, ToyTrainer, targets
@@ -62,11 +63,49 @@ def test_a_tree_learns_what_the_flat_fleet_learns(folder: Path, wanted: Adapter)
     }
 
 
+@pytest.mark.parametrize("method", ["flora"])
+def test_any_method_that_takes_increments_serves_a_tree(folder: Path, method: str) -> None:
+    """Devices behind a gateway hold the root's frozen adapter, and train what the root says."""
+    overrides = (*EXACT, f"aggregator.method={method}")
+    tree = Tree(folder, overrides, SITES, below=("aggregator.method=increment",)).run()
+    wanted = published(flat(folder, f"aggregator.method={method}").stored())
+    assert apart(published(tree.root.stored()), wanted) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["flora", "svd"])
+def test_a_site_whose_method_does_not_sum_increments_is_refused(folder: Path, method: str) -> None:
+    with pytest.raises(ConfigError, match=f'a gateway sums increments, and .* "{method}" does something else; take'):
+        Tree(folder, EXACT, SITES, below=(f"aggregator.method={method}",)).run()
+
+
 def test_gateways_and_devices_may_share_a_root(folder: Path, wanted: Adapter) -> None:
     overrides = (*EXACT, "rounds.min_available_nodes=4")
     tree = Tree(folder, overrides, {"north": SITES["north"]}, direct=SITES["south"]).run()
     assert apart(tree.root.merged(), wanted) < 1e-4
     assert tree.root.delivered == {"c": 1, "d": 1, "e": 1}
+
+
+def test_sites_may_be_nested(folder: Path, wanted: Adapter) -> None:
+    """Two gateways in a row: the inner one is a device of the outer one's site, beside others."""
+    sites: Sites = {"north": SITES["north"], "far-north": SITES["south"]}
+    tree = Tree(folder, EXACT, sites, above={"far-north": "north"}, direct={})
+    tree.root.config = tree.root.config.model_copy(
+        update={"rounds": tree.root.config.rounds.model_copy(update={"min_available_nodes": 1})}
+    )
+    tree.run()
+    assert apart(tree.root.merged(), wanted) < 1e-4
+    assert tree.sites["far-north"].delivered == {"c": 1, "d": 1, "e": 1}
+    reduced = [record for record in tree.sites["north"].records if record["event"] == "reduce"]
+    assert {record["updates"] for record in reduced} == {3}, "two devices and a gateway"
+
+
+def test_a_site_with_more_examples_than_the_fleet_above_bears_is_refused_and_not_waited_for(folder: Path) -> None:
+    overrides = (*EXACT, "rounds.min_available_nodes=4", "server.max_examples=30")
+    tree = Tree(
+        folder, overrides, {"north": SITES["north"]}, direct=SITES["south"], below=("server.max_examples=99",)
+    ).run()  # fmt: skip
+    assert set(tree.root.merges()) == {(number, 3) for number in (1, 2, 3)}, "its devices have 40 examples together"
+    assert tree.sites["north"].delivered == {"a": 1, "b": 1}, "they finish with the fleet's adapter all the same"
 
 
 def test_a_coarse_codec_is_owed_and_not_lost(folder: Path, wanted: Adapter) -> None:

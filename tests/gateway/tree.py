@@ -37,6 +37,7 @@ class Tree:
         direct: devices of the root that are behind no gateway.
         fuses: gateway → numbers of its fatal operations, one for each of its lives.
         secrets: fleet → participant → what signs for it there; nothing does without.
+        above: gateway → the site whose device it is, where it is none of the root.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class Tree:
         direct: Devices | None = None,
         fuses: Mapping[str, list[int]] | None = None,
         secrets: Callable[[str], Guards] = lambda _: no_guards,
+        above: Mapping[str, str] | None = None,
     ) -> None:
-        self._secrets = secrets
+        self._secrets, self._above = secrets, above or {}
         self.folder, self._settings, self._below = folder, settings, below
         self._fuses = {name: list(numbers) for name, numbers in (fuses or {}).items()}
         self.root = Fleet(folder / "root", fleet_config(*settings), direct or {}, guards=secrets("fleet"))
@@ -63,7 +65,8 @@ class Tree:
             self.join(name)
 
     def _site(self, name: str, devices: Devices) -> Fleet:
-        settings = fleet_config(*self._settings, f"rounds.min_available_nodes={len(devices)}", *self._below)
+        count = len(devices) + sum(site == name for site in self._above.values())
+        settings = fleet_config(*self._settings, f"rounds.min_available_nodes={count}", *self._below)
         settings = settings.model_copy(update={"fleet": settings.fleet.model_copy(update={"name": name})})
         return Fleet(self.folder / name, settings, devices, absent=("server",), guards=self._secrets(name))
 
@@ -118,9 +121,9 @@ class Tree:
             fleet.close()
 
     def _be_gateway(self, name: str, seat: Seat) -> None:
-        site, root = self.sites[name], self.root
+        site, root = self.sites[name], self.sites[self._above[name]] if name in self._above else self.root
         guards = ExitStack()
-        guard = guards.enter_context(self._secrets("fleet")(name))
+        guard = guards.enter_context(self._secrets(root.config.fleet.name)(name))
         server = guards.enter_context(self._secrets(name)("server"))
         above = root.broker.connect(name, will=will(root.config.fleet.name, name, guard))
         below = site.broker.connect("server")

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_runtime.lora.adapter import Pair
 from edge_runtime.lora.algebra import decompose
 from edge_runtime.lora.columns import magnitude
 from edge_runtime.lora.sketch import SHARE, sketch
@@ -99,6 +100,29 @@ def test_steps_go_on_until_the_excess_is_small_and_end_at_last() -> None:
     assert few.steps < many.steps <= 12
     assert low.steps <= 1
     assert low.lacking < 1e-10 * low.spectrum.s[0]
+
+
+SPECTRA = {
+    "harmonic": 1 / np.arange(1.0, 201),
+    "slow": np.arange(1.0, 201) ** -0.5,
+    "exponential": np.exp(-np.arange(200) / 20),
+    "plateau": np.r_[1 / np.arange(1.0, 21), np.full(180, 0.01)],
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("excess", [1e-2, 1e-3, 1e-4])
+def test_what_more_steps_would_gain_is_foreseen_from_the_last_one(spectrum: str, excess: float) -> None:
+    """Whatever way the spectrum falls: what is told is not much less than what is true."""
+    s, draw = SPECTRA[spectrum], np.random.default_rng(1)
+    u, v = (np.linalg.qr(draw.standard_normal((200, 200)))[0] for _ in range(2))
+    terms: Terms = [(1.0, Pair(v.T.astype(np.float32), (u * s).astype(np.float32)))]
+    found = sketch([columns(terms)], 16, 32, excess=excess, seed="k")
+    reached = float(np.linalg.norm(dense(terms) - product(found.spectrum, 16))) / best(dense(terms), 16) - 1
+
+    assert reached <= excess
+    assert found.steps >= 1
+    assert 0.5 * reached - 1e-6 <= found.excess <= excess
 
 
 def test_all_directions_lack_nothing() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from edge_runtime.errors import ConfigError
 from edge_runtime.lora.adapter import Adapter, Pair
 from edge_runtime.lora.algebra import ROW_NORM, cut, take
-from edge_runtime.lora.slices import FRESH, POLICIES, choose, lay_out, slice_of
+from edge_runtime.lora.slices import FRESH, LAST, POLICIES, choose, lay_out, slice_of
 from tests.strategies import gaussian, laws
 
 LAYER = "model.layers.0.q_proj"
@@ -84,9 +84,10 @@ def test_whoever_trains_fewer_directions_trains_those_that_others_train_too(
     assert set(chosen(name, received, few)) <= set(chosen(name, received, many))
 
 
-def test_the_first_version_has_no_spectrum_and_every_policy_takes_the_first_directions() -> None:
+def test_the_first_version_has_no_spectrum_and_every_policy_but_last_takes_the_first_directions() -> None:
     received = held(8, empty=8)
-    for name in POLICIES:
+    assert choose(LAST, received, {LAYER: 3}, 0) == {LAYER: (5, 6, 7)}
+    for name in POLICIES.keys() - {LAST}:
         assert choose(name, received, {LAYER: 3}, 0, {LAYER: np.zeros(8)}) == {LAYER: (0, 1, 2)}
 
 

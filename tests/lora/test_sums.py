@@ -14,6 +14,7 @@ from edge_runtime.lora import algebra, leading
 from edge_runtime.lora.adapter import Pair
 from edge_runtime.lora.algebra import decompose
 from edge_runtime.lora.leading import Leading
+from edge_runtime.lora.sketch import PROBES, probes_from
 from edge_runtime.lora.streaming import Partial, absorb, join, nothing, scaled
 from edge_runtime.lora.sums import total
 from tests.lora.terms import Terms, best, columns, dense, directions, fleets, gauged, magnitude, product, shuffled
@@ -159,6 +160,16 @@ def test_the_cheaper_way_is_chosen_and_says_why() -> None:
     assert sketched.norm == pytest.approx(algebra.norm(wide), rel=0.05)
 
 
+@pytest.mark.parametrize(("ranks", "chunks"), [((64, 8), 1), ((64, 16), 2), ((64, 64, 8), 2), ((64, 64, 9), 3)])
+def test_no_chunk_is_begun_for_a_few_columns(ranks: tuple[int, ...], chunks: int) -> None:
+    terms = [(1.0, gaussian((20, 12), rank, rank)) for rank in ranks]
+    found = total(iter(terms), sum(ranks), 2, 4, seed="s", room=64 * 4 * 32)
+
+    assert found.how == "exact" if chunks == 1 else f"in {chunks} chunks" in found.why
+    error = float(np.linalg.norm(dense(terms) - product(found.spectrum, 4)))
+    assert best(dense(terms), 4) * (1 - 1e-6) <= error <= found.certificate(4)
+
+
 def test_a_sketch_that_does_not_get_near_enough_gives_way() -> None:
     terms: Terms = [(1.0, gaussian((40, 40), 60, 1))]
     with patch("edge_runtime.lora.sketch.MOST_STEPS", 1):
@@ -251,6 +262,18 @@ def test_a_partial_sum_is_divided_at_the_end(terms: Terms, factor: float) -> Non
 
     np.testing.assert_allclose(found.spectrum.s[:RANK], exact.s[:RANK], atol=1e-4 * factor * magnitude(terms))
     assert float(np.linalg.norm(factor * dense(terms) - product(found.spectrum, KEEP))) <= found.bound * (1 + 1e-9)
+
+
+def test_what_all_cuts_left_out_adds_up_under_their_probes() -> None:
+    """So the error of a stream is known much nearer than by the sum of what each cut left out."""
+    terms: Terms = [(1.0, gaussian((40, 30), 9, seed)) for seed in range(6)]
+    probes, found = probes_from("p", 30), nothing((40, 30), PROBES)
+    for each in terms:
+        found = absorb(found, [columns([each])], RANK, KEEP, seed="p", probes=probes)
+
+    left = dense(terms) - product(found.spectrum, KEEP)
+    np.testing.assert_allclose(found.missed, left @ probes, atol=1e-5 * magnitude(terms))
+    assert float(np.linalg.norm(left)) < 0.9 * found.bound
 
 
 def test_a_partial_sum_is_not_turned_around() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from edge_runtime.errors import DeviceMemoryError, PlanError, RoundError
 from edge_runtime.lora.adapter import Adapter, LayerSlot, Matrix, Pair, Slot
 from edge_runtime.lora.algebra import change, take
+from edge_runtime.lora.pruning import stays
 from edge_runtime.lora.slices import Scores
 from edge_runtime.trainer import AdapterSpec, Gate, Introduction, LocalResult, StepReport, Training
 
@@ -107,13 +108,15 @@ class ToyTrainer:
         fitting = self._most if ceiling is None else min(self._most, ceiling // RANK_BYTES)
         if fitting < 1:
             raise PlanError(f"a direction takes {RANK_BYTES} bytes; found a ceiling of {ceiling}")
-        self._rank = fitting
+        self._rank = spec.max_rank if spec.equal_ranks else fitting
         on_plan(RANK_BYTES * min(self._rank, spec.max_rank))
         trained = min(self._rank, spec.max_rank)
         held = max(trained, min(self._held, spec.max_held)) if spec.hold_more else trained
         slot = Slot(
             {
-                name: LayerSlot(d_out, d_in, min(held, d_out, d_in), min(trained, d_out, d_in))
+                name: LayerSlot(
+                    d_out, d_in, min(spec.beside, d_out, d_in) + min(held, d_out, d_in), min(trained, d_out, d_in)
+                )
                 for name, (d_out, d_in) in SHAPES.items()
             }
         )
@@ -130,7 +133,8 @@ class ToyTrainer:
     def receive(self, adapter: Adapter, rows: Mapping[str, Sequence[int]] | None = None) -> None:
         """Begin from this."""
         self._received = adapter
-        self._rows = dict(rows or {name: range(min(self._rank, pair.rank)) for name, pair in adapter.items()})
+        own = self.specs[-1].own if self.specs else 0
+        self._rows = dict(rows or {name: range(min(self._rank + own, pair.rank)) for name, pair in adapter.items()})
         self._trained = {name: take(adapter[name], found) for name, found in self._rows.items()}
         self.slices.append({name: tuple(found) for name, found in self._rows.items()})
 
@@ -165,7 +169,12 @@ class ToyTrainer:
             for name, wanted in self.targets.items():
                 error = self._whole(name).product() - wanted
                 a, b = self._trained[name].a, self._trained[name].b
-                down_a, down_b = training.learning_rate * (b.T @ error), training.learning_rate * (error @ a.T)
+                down_a = training.learning_rate * ("a" in training.factors) * (b.T @ error)
+                down_b = training.learning_rate * ("b" in training.factors) * (error @ a.T)
+                if training.tail_penalty and training.kept < 1:
+                    start = stays(len(a), training.kept)
+                    down_a[start:] += training.learning_rate * training.tail_penalty * a[start:]
+                    down_b[:, start:] += training.learning_rate * training.tail_penalty * b[:, start:]
                 self._trained[name] = Pair((a - down_a).astype(np.float32), (b - down_b).astype(np.float32))
             loss = self.evaluate()
             if not np.isfinite(loss):

@@ -25,7 +25,7 @@ from edge_runtime.trainer import Delivered
 from edge_runtime.wire.guard import OPEN, Guard
 from edge_runtime.wire.memory import MemoryBroker, MemoryTransport
 from edge_runtime.wire.transport import Delivery
-from server.aggregators.method import load_state
+from server.aggregators import method
 from server.service import Service
 from server.state import State
 from server.store import Store
@@ -319,12 +319,15 @@ class Fleet:
 
     def merged(self, version: int | None = None) -> Adapter:
         """The global adapter of a version, or the last."""
+        return self.stored(version).adapter
+
+    def stored(self, version: int | None = None) -> method.State:
+        """The method's state of a version, or the last."""
         with self.store() as store:
-            number = self.config.rounds.num_rounds if version is None else version
-            stored = store.version(number)
-            if stored is None:
-                raise AssertionError(f"version {number} is not in the store")
-            return load_state(stored.state).adapter
+            stored = store.version(self.config.rounds.num_rounds if version is None else version)
+        if stored is None:
+            raise AssertionError(f"version {version} is not in the store")
+        return method.load_state(stored.state)
 
     def merges(self) -> list[tuple[int, int]]:
         """(round, updates merged into each layer that was trained), as they were recorded."""

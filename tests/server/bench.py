@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edge_runtime.lora import slices
 from edge_runtime.lora.adapter import Adapter, Slot
 from edge_runtime.lora.algebra import cut
 from edge_runtime.trainer import AdapterSpec
@@ -90,8 +91,8 @@ class Bench:
                 index: self.broker.retained[topics.broadcast(FLEET, band.blob.sha256, index)]
                 for index in range(band.blob.chunks)
             }
-            parts.append(codec.decode(blobs.join(band.blob, chunks)))
-        return bands.join(parts)
+            parts.append((band, codec.decode(blobs.join(band.blob, chunks))))
+        return bands.assembled(parts)
 
 
 class Hand:
@@ -143,11 +144,13 @@ class Hand:
     def train(self, directive: Directive | None = None) -> tuple[Offer, bytes]:
         """A local round from what is retained now."""
         asked = directive or self.bench.directive
-        held = self.introduced(asked).held
+        slot = self.introduced(asked)
         whole = self.bench.broadcast(asked)
-        self.trainer.receive(Adapter({name: cut(whole[name], rank) for name, rank in held.items()}))
+        received = Adapter({name: cut(whole[name], rank) for name, rank in slot.held.items()})
+        rows = slices.choose(asked.adapter.slice, received, slot.trained, asked.version)
+        self.trainer.receive(received, rows)
         result = self.trainer.train(asked.training, asked.round, lambda _: None, lambda: False)
-        return self.offer_of(codec.encode(result.change, asked.codec), asked)
+        return self.offer_of(codec.encode(result.change, asked.codec, rows), asked)
 
     def offer_of(self, payload: bytes, directive: Directive | None = None) -> tuple[Offer, bytes]:
         """An offer of any bytes for the open round."""

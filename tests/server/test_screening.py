@@ -58,3 +58,12 @@ def test_a_fixed_limit_holds_from_the_first_update() -> None:
     assert absurd(5.0, [], Limits(20.0, 5.0)) == ""
     assert "not finite" in absurd(float("inf"), [], Limits(20.0))
     assert absurd(3.0, [0.0] * 5, Limits(20.0)) == "", "where nobody moved there is no yardstick"
+
+
+def test_where_devices_keep_b_for_themselves_a_is_looked_at() -> None:
+    nothing, before, after = (
+        Adapter({"q": Pair(np.full((2, 3), size, np.float32), np.zeros((4, 2), np.float32))}) for size in (0, 1, 3)
+    )
+    assert moved(before, after) == pytest.approx(24**0.5)
+    assert moved(before, before) == 0.0
+    assert moved(nothing, after) == 0.0, "an increment without a product is of no slice, and moves nothing"

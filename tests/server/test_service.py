@@ -11,7 +11,9 @@ import pytest
 from edge_runtime.config import Config
 from edge_runtime.errors import AggregationError, ConfigError, UnknownCodecError
 from edge_runtime.lora.adapter import Adapter
-from edge_runtime.lora.algebra import changed, cut
+from edge_runtime.lora.algebra import changed
+from edge_runtime.lora.factors import only
+from edge_runtime.lora.slices import slice_of
 from edge_runtime.wire import codec, topics
 from edge_runtime.wire.memory import MemoryBroker
 from edge_runtime.wire.messages import (
@@ -39,6 +41,10 @@ def test_a_new_fleet_gathers_and_says_what_kind_of_adapter_it_wants(bench: Bench
         **bench.config.adapter.model_dump(),
         "max_held": 16,
         "hold_more": True,
+        "equal_ranks": False,
+        "beside": 0,
+        "own": 0,
+        "core": 0,
         "bits_up": 8.0,
         "bits_down": 8.0,
     }
@@ -89,7 +95,7 @@ def test_the_last_directive_asks_for_personal_steps_from_the_last_version(make: 
 @pytest.mark.parametrize(
     ("override", "error", "message"),
     [
-        ("aggregator.method=fedavg", ConfigError, "increment, svd, zero_pad"),
+        ("aggregator.method=fedavg", ConfigError, "svd, zero_pad"),
         ("aggregator.momentum=0.9", ConfigError, "momentum"),
         ("wire.codec_up=int9", UnknownCodecError, "fp16, fp32, int1"),
         ("wire.codec_down=auto", UnknownCodecError, "fp16, fp32, int1"),
@@ -136,8 +142,9 @@ def test_the_merge_is_the_methods_with_what_devices_really_received(
         sent, updates = bench.broadcast(), []
         for hand in hands:
             offer, payload = hand.train()
-            change = codec.decode(payload)
-            received = Adapter({name: cut(sent[name], pair.rank) for name, pair in change.items()})
+            change, numbers = codec.decode_slice(payload)
+            change = only(change, aggregators.build(method).asks(number).sent)
+            received = Adapter({name: slice_of(name, sent[name], numbers[name], number - 1) for name in change})
             trained = Adapter({name: changed(received[name], pair) for name, pair in change.items()})
             updates.append(Update(hand.name, float(offer.examples), received, trained))
             assert hand.deliver(offer, payload)[-1:] == [accepted(offer)]
@@ -316,6 +323,7 @@ def test_the_config_names_all_that_a_directive_says(make: Callable[..., Bench]) 
     bench = make(*overrides)
     found, config = bench.directive, bench.config
     assert isinstance(config, Config)
-    assert found.training.model_dump() == config.training.model_dump(exclude={"personal_steps"})
+    whole = {"factors": "ab", "kept": 1.0, "tail_penalty": 0.0}
+    assert found.training.model_dump() == {**config.training.model_dump(exclude={"personal_steps"}), **whole}
     assert (found.adapter.scaling, found.codec, found.num_rounds) == (1.5, "fp16", 2)
     assert (found.adapter.slice, found.adapter.allocation) == ("rotating", "spectrum")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -337,3 +338,37 @@ def test_moments_of_an_earlier_round_change_the_next_one(live: LiveModel) -> Non
 def test_a_task_that_cannot_be_done_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         dataclasses.replace(TASK, **wrong)
+
+
+@pytest.mark.parametrize(("factors", "still"), [("a", "b"), ("b", "a")])
+def test_a_round_of_one_factor_leaves_the_other_as_it_was(live: LiveModel, factors: Any, still: str) -> None:
+    """In its first step the factor that is trained goes the way that it goes when both are."""
+    load_adapter(live, tiny.random_adapter(tiny.MIXED))
+    before = read_all(live)
+    result = train_round(live, EXAMPLES, dataclasses.replace(TASK, factors=factors))
+    after = read_all(live)
+    rows = {name: list(found) for name, found in live.directions.items()}
+
+    assert all(name.endswith(f".{factors}") for name in result.state.parameters)
+    for name, pair in after.items():
+        assert np.array_equal(getattr(pair, still), getattr(before[name], still))
+        if name in rows:
+            moved = getattr(pair, factors) - getattr(before[name], factors)
+            assert np.abs(moved[rows[name]] if factors == "a" else moved[:, rows[name]]).max() > 0
+    load_adapter(live, tiny.random_adapter(tiny.MIXED))
+    both = train_round(live, EXAMPLES, TASK)
+    assert {name for name in both.state.parameters if name.endswith(".a")}, "and the next round trains both again"
+    alone, together = (first_step(live, dataclasses.replace(TASK, factors=which)) for which in (factors, "ab"))
+    assert alone.loss == together.loss
+    assert 0 < alone.gradient_norm < together.gradient_norm
+
+
+def test_a_round_of_one_factor_that_was_interrupted_ends_in_the_same_bytes(live: LiveModel) -> None:
+    task = dataclasses.replace(TASK, factors="b")
+    expected = trained_digest(live, task)
+    load_adapter(live, tiny.random_adapter(tiny.MIXED))
+    stopped = train_round(live, EXAMPLES, task, should_stop=stop_after(5))
+    load_adapter(live, tiny.random_adapter(tiny.MIXED))
+    train_round(live, EXAMPLES, task, start=stopped.state)
+
+    assert read_all(live).digest() == expected

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from edge_runtime.config import Device
-from edge_runtime.train.planning import choose, in_words, owner_of
+from edge_runtime.errors import ConfigError
+from edge_runtime.train.planning import choose, in_words, owner_of, shared, slot_of
 from edge_runtime.trainer import AdapterSpec, Training
 from profiles.memory import TRAINED_BYTES
 from profiles.terms import Overrides
@@ -68,6 +69,43 @@ def test_a_plan_leaves_room_for_what_holds_a_device_near_its_fleet() -> None:
 
     assert copies(proximal=0.1) == 0
     assert copies(correction=0.1, proximal=0.1) == pytest.approx(1)
+
+
+def test_where_ranks_are_equal_a_device_trains_the_fleets_or_says_what_would_work() -> None:
+    equal = SPEC.model_copy(update={"equal_ranks": True, "hold_more": False})
+    found = choose(MEASURED, smollm2(), equal, TRAINING, owner_of(Device()), None)
+    assert (found.rank, found.held) == (8, 8)
+    assert choose(MEASURED, smollm2(), equal, TRAINING, owner_of(Device(rank=8)), None).rank == 8
+    with pytest.raises(ConfigError, match=r"trains rank 8; found \[device\] rank 4; leave it out, or .*increment"):
+        choose(MEASURED, smollm2(), equal, TRAINING, owner_of(Device(rank=4)), None)
+
+
+def test_a_frozen_adapter_is_held_by_every_layer_and_counted_in_the_plans_memory() -> None:
+    """And a layer that is narrower than it holds as much as it has."""
+    plain = SPEC.model_copy(update={"hold_more": False, "max_held": 8})
+    beside = plain.model_copy(update={"max_held": 8 + 300, "beside": 300})
+    one, other = (
+        choose(MEASURED, smollm2(), spec, TRAINING, owner_of(Device(rank=4)), None) for spec in (plain, beside)
+    )
+    numbers = 300 * smollm2().num_layers * smollm2().rank_parameters(ATTENTION)
+    assert (one.held, other.held) == (4, 304)
+    assert other.predicted_peak_bytes - one.predicted_peak_bytes >= 4 * numbers
+    for layer in slot_of(other, smollm2(), beside).layers.values():
+        assert layer.held == min(300, layer.d_out, layer.d_in) + 4
+        assert layer.trained == 4
+
+
+def test_directions_of_the_devices_own_are_planned_for_and_no_part_of_what_it_says() -> None:
+    """Of layers that it does not train, it has none."""
+    spec = SPEC.model_copy(update={"equal_ranks": True, "hold_more": False, "max_held": 8, "own": 3})
+    found = choose(MEASURED, smollm2(), spec, TRAINING, owner_of(Device(layers_trained=5)), None)
+    slot = slot_of(found, smollm2(), spec)
+    assert found.rank == 11
+    said = shared(slot, spec)
+    for name, layer in slot.layers.items():
+        trained = int(name.split(".")[2]) >= smollm2().num_layers - 5
+        assert (layer.held, layer.trained) == ((11, 11) if trained else (8, 0))
+        assert (said.layers[name].held, said.layers[name].trained) == ((8, 8) if trained else (8, 0))
 
 
 def test_an_owner_may_insist_on_every_choice_of_a_plan() -> None:

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")
 
 from edge_runtime.lora.adapter import Pair  # noqa: E402 - after the check that torch is there
-from edge_runtime.train.terms import Term, proximal, push  # noqa: E402 - as above
+from edge_runtime.train.terms import Term, proximal, push, tail  # noqa: E402 - as above
 from tests.strategies import gaussian, laws  # noqa: E402 - as above
 
 pytestmark = pytest.mark.torch
@@ -111,3 +111,23 @@ def test_a_layer_that_no_round_knows_of_is_not_pushed_and_one_without_a_gradient
     parameters["x.a"].grad = None
     with pytest.raises(ValueError, match="found a parameter without one"):
         proximal(pairs(1), 1.0, SCALING)(parameters)
+
+
+@laws
+@given(st.integers(0, 1 << 20), st.sampled_from([0.4, 0.67, 0.99, 1.0]))
+def test_the_tail_is_pulled_by_the_product_of_its_norms(seed: int, kept: float) -> None:
+    found = pairs(seed, rank=4)
+    parameters = {name: p.detach().double().requires_grad_() for name, p in live(found).items()}
+    start, total = int(kept * 4), torch.zeros((), dtype=torch.float64)
+    for name in found:
+        of_a, of_b = parameters[f"{name}.a"][start:], SCALING * parameters[f"{name}.b"][:, start:]
+        total = total + 0.3 * torch.sqrt((of_a**2).sum() + 1e-300) * torch.sqrt((of_b**2).sum() + 1e-300)
+    total.backward()
+    expected = {name: parameter.grad.numpy() for name, parameter in parameters.items()}
+
+    assert_equal(added(tail(kept, 0.3, SCALING), found), expected)
+
+
+def test_a_tail_of_zero_is_not_pulled() -> None:
+    found = {"x": Pair(gaussian((9, 7), 4, 0).a, np.zeros((9, 4), np.float32))}
+    assert all(not moved.any() for moved in added(tail(0.5, 1.0, SCALING), found).values())

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from edge_runtime.lora.adapter import Adapter
 from edge_runtime.lora.algebra import cut
-from edge_runtime.wire import bands, codec
+from edge_runtime.lora.factors import only
+from edge_runtime.wire import bands, blobs, codec
+from edge_runtime.wire.messages import Band
 from tests.strategies import adapters, laws
 
 edges = st.lists(st.integers(-2, 12), max_size=6)
@@ -79,3 +81,25 @@ def test_cutting_into_bands_changes_nothing_about_what_is_decoded(
 
 def test_no_bands_are_an_adapter_without_layers() -> None:
     assert bands.join([]).ranks == {}
+
+
+@laws
+@given(adapters(least_rank=1, least_layers=1), edges, st.sampled_from(["fp32", "int8"]))
+def test_a_band_of_each_factor_assembles_to_the_band_of_both(adapter: Adapter, wanted: list[int], packed: str) -> None:
+    """And one of them alone to a half of it: of the other factor nothing is there."""
+    ref = blobs.describe(b"band", 64)
+    whole, halves = [], []
+    for start, stop in bands.edges_for(max(adapter.ranks.values()), wanted):
+        part = bands.band(adapter, start, stop)
+        whole.append(codec.decode(codec.encode(part, packed)))
+        for factor in ("a", "b"):
+            where = Band(start=start, stop=stop, blob=ref, factor=factor)
+            halves.append((where, codec.decode(codec.encode(part, packed, factor=factor))))
+
+    joined = bands.join(whole)
+    mine = bands.assembled((where, part) for where, part in halves if where.factor == "a")
+    for found, expected in ((bands.assembled(halves), joined), (mine, only(joined, "a"))):
+        assert found.ranks == expected.ranks
+        for name, pair in expected.items():
+            assert np.array_equal(found[name].a, pair.a)
+            assert np.array_equal(found[name].b, pair.b)

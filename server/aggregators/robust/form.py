@@ -18,7 +18,7 @@ from dataclasses import replace
 import numpy as np
 
 from edge_runtime.lora.adapter import Adapter, Deferred, Pair
-from edge_runtime.lora.algebra import ROW_NORM, cut, decompose, pad, to_pair, zero
+from edge_runtime.lora.algebra import ROW_NORM, change, changed, cut, decompose, pad, to_pair, zero
 from edge_runtime.lora.rotation import align
 from server.aggregators.method import Aggregator, State, Update
 
@@ -27,7 +27,7 @@ def scaled(method: Aggregator, update: Update, factor: float) -> Update:
     """The update whose increment is `factor` times as large, as this method reads it."""
     if method.increments:
         return replace(update, discount=update.discount * factor)
-    if method.exact:
+    if not method.of_factors:
         return update if factor == 1.0 else _side_by_side(update, factor)
     trained = {name: canonical(update.received[name], pair, factor) for name, pair in update.trained.items()}
     return replace(update, trained=Adapter(trained))
@@ -61,7 +61,7 @@ def instead(method: Aggregator, state: State, found: Adapter, widest: Mapping[st
             averaged.
         name: of the update.
     """
-    if method.exact:
+    if not method.of_factors:
         sizes = found.sizes
         nothing = Deferred(sizes, lambda layer: zero(sizes[layer][:2], sizes[layer][2]))
         return Update(name, 1.0, Adapter(nothing), found)
@@ -75,6 +75,10 @@ def canonical(received: Pair, trained: Pair, factor: float = 1.0) -> Pair:
 
     Directions without a product keep the rows that the device received, as far as they are free.
     """
+    if np.array_equal(received.a, trained.a) or np.array_equal(received.b, trained.b):
+        # One factor is the fleet's: the product is linear in the other, which nobody can have in another gauge.
+        by = change(trained, received)
+        return changed(received, Pair(np.float32(factor) * by.a, np.float32(factor) * by.b))
     spectrum = decompose([(factor, trained), (1.0 - factor, received)])
     found = to_pair(spectrum, 0, min(received.rank, spectrum.numerical_rank))
     wide = received.a.astype(np.float64)

@@ -1,0 +1,284 @@
+"""Which method learns best where devices are unequal? All of them over the same devices, steps, texts and seeds.
+
+    python -m benchmarks.methods [--quick] [--setting NAME …] [--way NAME …] [--rounds N] [--seeds N] [--keep FOLDER]
+
+Ten devices of ranks 2 to 32, of which five take part in a round of eight local steps, name the task that a text is the
+answer of, or tell good reviews from bad ones. The learning rate of each method is chosen from a grid on a seed that is
+not compared, in fewer rounds. A method that needs equal ranks has every device train what the smallest bears. For
+reference: every device at the largest rank, and one device with all texts. `increment_vs_homogeneous` is the final
+held-out loss of `increment` over that of itself at the largest rank everywhere, and `wins_over_x` the share of
+settings in which the loss of `increment` is lower than that of x with 95 % intervals that do not overlap.
+
+Each life is a process of its own with one thread; with --keep, lives that have ended are kept there and not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks.methods_fleet import Way
+from benchmarks.result import Goal, result
+from benchmarks.slices import interval
+
+UNEQUAL = (2, 2, 2, 2, 4, 4, 4, 8, 16, 32)
+SMALLEST, LARGEST = min(UNEQUAL), max(UNEQUAL)
+TUNING_SEED = 1000
+RATES = (1e-3, 2e-3, 4e-3)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Who has which texts.
+
+    Attributes:
+        data: folder below `--data`.
+        alpha: see `wire_fleet.build`.
+    """
+
+    data: str
+    alpha: float
+
+
+SETTINGS: Mapping[str, Setting] = {
+    "pilot": Setting("natural-instructions", 0.3),
+    "dirichlet-0.1": Setting("natural-instructions", 0.1),
+    "dirichlet-0.5": Setting("natural-instructions", 0.5),
+    "iid": Setting("natural-instructions", math.inf),
+    "natural": Setting("natural-instructions", 0.0),
+    "sst2": Setting("sst2", 0.5),
+}
+"""Setting → its texts; in "natural" each task is on one device alone."""
+
+EQUAL = ("fedit", "ffa_lora", "rolora", "fedsa_lora", "lora_fair", "fedex_lora")
+UNEQUAL_ONES = ("zero_pad", "rbla", "raflora", "florist", "glora")
+OURS, SAME, CENTRAL = Way("increment"), Way("increment", LARGEST), Way("increment", LARGEST, central=True)
+RIVALS = (Way("svd"), Way("hetlora"), Way("flora"))
+WAYS: Mapping[str, Way] = {
+    way.name: way
+    for way in (
+        OURS,
+        Way("increment", prefix=True),
+        *RIVALS,
+        *(Way(name) for name in UNEQUAL_ONES),
+        *(Way(name, SMALLEST) for name in EQUAL),
+        Way("fedit", LARGEST),
+        SAME,
+        CENTRAL,
+    )
+}
+GOALS: Mapping[str, Goal] = {
+    "increment_vs_homogeneous": ("<=", 1.01),
+    **{f"wins_over_{way.method}": (">", 0.5) for way in RIVALS},
+}
+
+
+@dataclass(frozen=True)
+class Order:
+    """One life to be run."""
+
+    setting: str
+    way: str
+    seed: int
+    rate: float
+    rounds: int
+    steps: int
+
+    @property
+    def key(self) -> str:
+        """Names it among those that are kept."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+Lives = Mapping[Order, Mapping[str, Any]]
+
+
+def main() -> int:
+    """Run it; the exit code says whether the goals are met."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--setting", action="append", choices=list(SETTINGS))
+    parser.add_argument("--way", action="append", choices=list(WAYS))
+    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--tuning-rounds", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--keep", type=Path)
+    parser.add_argument("--quick", action="store_true", help="few rounds of a few methods, one seed: does it run?")
+    parser.add_argument("--life", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.life:
+        print("LIFE " + json.dumps(_live(options.data, Order(**json.loads(options.life)))), flush=True)
+        return 0
+    ways = options.way or list(WAYS)
+    settings = options.setting or list(SETTINGS)
+    if options.quick:
+        ways, settings = [OURS.name, *(way.name for way in RIVALS), SAME.name], ["pilot"]
+        options.rounds, options.tuning_rounds, options.seeds = 4, 2, 1
+    with tempfile.TemporaryDirectory() as place:
+        keep = options.keep or Path(place)
+        keep.mkdir(parents=True, exist_ok=True)
+        return _compare(options, Runner(options.data, keep / "lives.jsonl", options.jobs), ways, settings)
+
+
+def _compare(options: argparse.Namespace, runner: Runner, ways: Sequence[str], settings: Sequence[str]) -> int:
+    console = Console()
+
+    def order(setting: str, way: str, seed: int, rate: float, rounds: int) -> Order:
+        return Order(setting, way, seed, rate, rounds, options.steps)
+
+    tuning = [order("pilot", way, TUNING_SEED, rate, options.tuning_rounds) for way in ways for rate in RATES]
+    rates = tuned(runner.all(tuning, "learning rates"))
+    wanted = [
+        order(setting, way, seed, rates[way], options.rounds)
+        for seed in range(options.seeds)
+        for setting in settings
+        for way in ways
+    ]
+    lives = runner.all(wanted, "lives")
+    for setting in settings:
+        console.print(table(setting, {o: life for o, life in lives.items() if o.setting == setting}, rates))
+    return 0 if result("methods", figures(lives, settings), GOALS) else 1
+
+
+class Runner:
+    """Runs lives in processes, each once.
+
+    Args:
+        data: folder of all texts.
+        kept: the lives that have ended, a line each.
+        jobs: processes at a time.
+    """
+
+    def __init__(self, data: Path, kept: Path, jobs: int) -> None:
+        self._data, self._kept, self._jobs = data, kept, jobs
+        lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
+        self._known: dict[str, Mapping[str, Any]] = {}
+        for line in lines:
+            found = json.loads(line)
+            self._known[found["key"]] = found["life"]
+
+    def all(self, orders: Iterable[Order], what: str) -> Lives:
+        """All these lives, those that are kept among them."""
+        wanted = list(dict.fromkeys(orders))
+        missing = [order for order in wanted if order.key not in self._known]
+        with Progress() as progress, ThreadPoolExecutor(self._jobs) as pool:
+            task = progress.add_task(what, total=len(missing))
+            for order, life in zip(missing, pool.map(self._one, missing), strict=True):
+                self._known[order.key] = life
+                with self._kept.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"key": order.key, "life": life}) + "\n")
+                progress.advance(task)
+        return {order: self._known[order.key] for order in wanted}
+
+    def _one(self, order: Order) -> Mapping[str, Any]:
+        command = [sys.executable, "-m", "benchmarks.methods", "--data", str(self._data), "--life", order.key]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        [line] = [line for line in done.stdout.splitlines() if line.startswith("LIFE ")]
+        found: Mapping[str, Any] = json.loads(line.removeprefix("LIFE "))
+        return found
+
+
+def _live(data: Path, order: Order) -> dict[str, Any]:
+    import torch  # noqa: PLC0415 - the process that waits for lives needs none of it
+
+    from benchmarks import wire_fleet  # noqa: PLC0415 - as above
+    from benchmarks.methods_fleet import Life  # noqa: PLC0415 - as above
+
+    torch.set_num_threads(1)
+    setting = SETTINGS[order.setting]
+    fleet = wire_fleet.build(data / setting.data, order.seed, UNEQUAL, alpha=setting.alpha)
+    torch.manual_seed(order.seed)
+    life = Life(fleet, WAYS[order.way], steps=order.steps, seed=order.seed, rate=order.rate)
+    return asdict(life.run(order.rounds, max(1, order.rounds // 3)))
+
+
+def loss_of(order: Order, life: Mapping[str, Any]) -> float:
+    """The final loss that a way is judged by: of the global model; of personal ones where there is none."""
+    point = life["personal"] if order.way.startswith("fedsa") else life["rounds"][str(order.rounds)]
+    return float(point["loss"])
+
+
+def tuned(lives: Lives) -> dict[str, float]:
+    """Way → the learning rate with the lowest loss; one that diverged is none."""
+    found: dict[str, dict[float, float]] = {}
+    for order, life in lives.items():
+        loss = loss_of(order, life)
+        found.setdefault(order.way, {})[order.rate] = loss if math.isfinite(loss) else math.inf
+    return {way: min(losses, key=losses.__getitem__) for way, losses in found.items()}
+
+
+def by_way(lives: Lives, setting: str, take: Callable[[Order, Mapping[str, Any]], float]) -> dict[str, list[float]]:
+    """Way → what is taken of each seed's life in that setting, by seed."""
+    found: dict[str, list[float]] = {}
+    for order in sorted((o for o in lives if o.setting == setting), key=lambda o: o.seed):
+        found.setdefault(order.way, []).append(take(order, lives[order]))
+    return found
+
+
+def figures(lives: Lives, settings: Sequence[str]) -> dict[str, Any]:
+    """What the RESULT line says."""
+    told: dict[str, Any] = {}
+    wins: dict[str, list[bool]] = {}
+    ratios: list[float] = []
+    for setting in settings:
+        losses = by_way(lives, setting, loss_of)
+        told |= {f"{setting} {way}": round(statistics.mean(found), 4) for way, found in losses.items()}
+        ours = losses.get(OURS.name, [])
+        if ours and SAME.name in losses:
+            ratios += [mine / same for mine, same in zip(ours, losses[SAME.name], strict=True)]
+        for rival in RIVALS:
+            if ours and rival.name in losses:
+                wins.setdefault(rival.method, []).append(_better(ours, losses[rival.name]))
+    if ratios:
+        told["increment_vs_homogeneous"] = round(statistics.mean(ratios), 4)
+        told["increment_vs_homogeneous_95"] = round(interval(ratios), 4) if len(ratios) > 1 else None
+    return told | {f"wins_over_{name}": round(sum(found) / len(found), 3) for name, found in wins.items()}
+
+
+def _better(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    """Whether the interval of our mean loss lies below that of theirs."""
+    return statistics.mean(ours) + interval(ours) < statistics.mean(theirs) - interval(theirs)
+
+
+def table(setting: str, lives: Lives, rates: Mapping[str, float]) -> Table:
+    """For people: one line for each way, the best first."""
+    made = Table(title=f"{setting}: held-out loss (accuracy)", title_style="bold")
+    for column in ("way", "rate", "global model", "± 95 %", "as devices hold it", "personal", "numbers up", "merge, s"):
+        made.add_column(column, justify="left" if column == "way" else "right")
+    losses = by_way(lives, setting, loss_of)
+    for way in sorted(losses, key=lambda name: statistics.mean(losses[name])):
+        mine = {order: life for order, life in lives.items() if order.way == way}
+        points = [[life["rounds"][str(o.rounds)], life["devices"], life["personal"]] for o, life in mine.items()]
+        cells = [_cell(column) for column in zip(*points, strict=True)]
+        first = next(iter(mine.values()))
+        seconds = statistics.mean(life["merge_seconds"] for life in mine.values())
+        made.add_row(
+            way, f"{rates[way]:g}", cells[0], f"{interval(losses[way]):.3f}", *cells[1:],
+            f"{first['numbers_up'] / 1e6:.2f} M", f"{seconds:.2f}",
+        )  # fmt: skip
+    return made
+
+
+def _cell(points: Sequence[Mapping[str, float]]) -> str:
+    loss, right = (statistics.mean(point[name] for point in points) for name in ("loss", "accuracy"))
+    return f"{loss:.3f} ({right:.3f})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""What a device keeps for itself from round to round: a factor that its fleet does not share, or directions of its own.
+
+It is kept with the update of the same round, both or neither, so that a round that is taken up again after a kill
+begins with what it began with before. Another life of the fleet begins without.
+
+Directions of its own follow those of the fleet in each layer that the device trains. They begin as any do, with drawn
+rows of `a` and b = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from edge_runtime.lora.adapter import Adapter, Pair, Slot
+from edge_runtime.lora.algebra import changed, cut, fresh_rows, take
+from edge_runtime.lora.factors import exchanged, only
+from edge_runtime.lora.slices import Slices
+from edge_runtime.state import DeviceState
+from edge_runtime.wire import codec
+from edge_runtime.wire.messages import Directive
+
+
+def known(received: Adapter, directive: Directive, slot: Slot, disk: DeviceState) -> Adapter:
+    """What was received, with what this device keeps for itself in the place of the fleet's, or behind it.
+
+    Args:
+        received: the global adapter, as far as this device holds it.
+        directive: says what is private.
+        slot: what the device holds and trains of the fleet's.
+        disk: remembers it. Where it does not, because nothing was trained yet or at another rank, the fleet's factor
+            stays, and own directions begin.
+    """
+    kept = disk.kept
+    mine = codec.decode(kept) if kept is not None else Adapter({})
+    if directive.private:
+        return exchanged(received, mine, directive.private)
+    if not directive.adapter.own:
+        return received
+    found = dict(received)
+    for name in slot.trained.keys() & received.keys():
+        fleet, count = received[name], min(directive.adapter.own, *received[name].shape)
+        pair = mine[name] if name in mine and mine[name].rank == count else _begun(name, fleet, count)
+        found[name] = Pair(np.concatenate([fleet.a, pair.a]), np.concatenate([fleet.b, pair.b], axis=1))
+    return Adapter(found)
+
+
+def shared(
+    change: Adapter, directions: Mapping[str, tuple[int, ...]], own: int
+) -> tuple[Adapter, dict[str, tuple[int, ...]]]:
+    """What of a change, and of the numbers of its directions, is the fleet's.
+
+    Args:
+        change: factor-wise, of the trained slice.
+        directions: layer → numbers of its directions.
+        own: directions of each layer that are the device's own, the last ones; fewer where it is narrower.
+    """
+    if not own:
+        return change, dict(directions)
+    left = {name: pair.rank - min(own, *pair.shape) for name, pair in change.items()}
+    found = Adapter({name: cut(pair, left[name]) for name, pair in change.items()})
+    return found, {name: numbers[: left[name]] for name, numbers in directions.items()}
+
+
+def after(received: Adapter, slices: Slices, change: Adapter, directive: Directive) -> bytes | None:
+    """What is to be kept after a round, as bytes; None where nothing is private.
+
+    Args:
+        received: what the round began with, as `known` gave it.
+        slices: what of it was trained.
+        change: factor-wise, of the trained slice.
+        directive: as of `known`.
+    """
+    own = directive.adapter.own
+    if not directive.private and not own:
+        return None
+    found = dict(received)
+    for name, by in change.items():
+        pair, rows = found[name], list(slices.rows[name])
+        a, b = pair.a.copy(), pair.b.copy()
+        moved = changed(slices.before[name], by)
+        a[rows], b[:, rows] = moved.a, moved.b
+        found[name] = Pair(a, b)
+    if directive.private:
+        return codec.encode(only(Adapter(found), directive.private), "fp32", factor=directive.private)
+    return codec.encode(Adapter({name: _last(found[name], min(own, *found[name].shape)) for name in change}), "fp32")
+
+
+def _last(pair: Pair, count: int) -> Pair:
+    return take(pair, range(pair.rank - count, pair.rank))
+
+
+def _begun(name: str, fleet: Pair, count: int) -> Pair:
+    d_out, d_in = fleet.shape
+    return Pair(fresh_rows(np.zeros((0, d_in), np.float32), count, f"own:{name}"), np.zeros((d_out, count), np.float32))

@@ -1,0 +1,72 @@
+"""The comparison of methods: rates are chosen, lives are kept, and wins are counted as its text says."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from benchmarks.methods import EQUAL, OURS, RIVALS, SAME, SETTINGS, SMALLEST, WAYS, Order, Runner, figures, tuned
+from server import aggregators
+
+pytestmark = pytest.mark.torch
+
+FIRST = Order("pilot", OURS.name, 0, 2e-3, 3, 8)
+
+
+def life(loss: float, personal: float = 9.0) -> Mapping[str, Any]:
+    """A life as its process tells it."""
+    point = {"loss": loss, "accuracy": 0.5}
+    return {
+        "rounds": {"3": point}, "devices": point, "personal": {"loss": personal, "accuracy": 0.5},
+        "numbers_up": 1, "numbers_down": 1, "merge_seconds": 0.1,
+    }  # fmt: skip
+
+
+def test_the_rate_with_the_lowest_loss_is_taken_and_one_that_diverged_is_none() -> None:
+    found = {replace(FIRST, rate=rate): life(loss) for rate, loss in ((1e-3, 0.5), (2e-3, 0.4), (4e-3, math.nan))}
+    assert tuned(found) == {OURS.name: 2e-3}
+
+
+def test_a_method_without_a_global_model_is_judged_by_the_personal_ones() -> None:
+    way = next(name for name in WAYS if name.startswith("fedsa"))
+    found = {replace(FIRST, way=way, rate=rate): life(1.0, personal) for rate, personal in ((1e-3, 0.5), (2e-3, 0.7))}
+    assert tuned(found) == {way: 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "wins"), [((0.8, 0.81, 0.82), 1.0), ((0.5, 0.8, 1.1), 0.0), ((0.1, 0.11, 0.12), 0.0)]
+)
+def test_a_win_needs_intervals_that_do_not_overlap(theirs: tuple[float, ...], wins: float) -> None:
+    rival = RIVALS[0]
+    lives = {replace(FIRST, seed=seed): life(0.5 + seed / 100) for seed in range(3)}
+    lives |= {replace(FIRST, way=rival.name, seed=seed): life(loss) for seed, loss in enumerate(theirs)}
+    lives |= {replace(FIRST, way=SAME.name, seed=seed): life(0.5 + seed / 100) for seed in range(3)}
+    told = figures(lives, ["pilot"])
+    assert told[f"wins_over_{rival.method}"] == wins
+    assert told["increment_vs_homogeneous"] == 1.0
+
+
+def test_lives_that_are_kept_are_not_run_again(tmp_path: Path) -> None:
+    kept = tmp_path / "lives.jsonl"
+    kept.write_text(json.dumps({"key": FIRST.key, "life": life(0.5)}) + "\n", encoding="utf-8")
+    runner = Runner(tmp_path / "no such data", kept, 1)
+    assert runner.all([FIRST, FIRST], "lives") == {FIRST: life(0.5)}
+
+
+def test_every_way_is_a_method_that_can_serve_its_fleet() -> None:
+    for way in WAYS.values():
+        method = aggregators.build(way.method, **dict(way.facts))
+        assert bool(way.rank) or not method.equal_ranks, f"{way.name} would be refused by an unequal fleet"
+    assert {way.rank for way in WAYS.values() if way.method in EQUAL} <= {SMALLEST, 32}
+    # The benchmark's devices have neither directions of their own nor cores.
+    assert {way.method for way in WAYS.values()} == set(aggregators.METHODS) - {"pf2lora", "fed_sb"}
+    assert math.isinf(SETTINGS["iid"].alpha)
