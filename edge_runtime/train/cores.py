@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from edge_runtime.lora.adapter import Adapter, Pair, Slot
 from edge_runtime.lora.algebra import ROW_NORM, fresh_rows
+from edge_runtime.lora.dense import path_of
 from edge_runtime.train.lora_linear import frozen_product, product_dtype
 
 CORE = "core"
@@ -81,7 +82,7 @@ def expanded(adapter: Adapter, model: Any) -> Adapter:
     found = {}
     for name, pair in adapter.items():
         path = name.removesuffix(f".{CORE}")
-        layer = model.get_submodule(path)
+        layer = model.get_submodule(path_of(path))
         if isinstance(layer, CoreLinear):
             a, b = (factor.detach().cpu().numpy() for factor in (layer.a, layer.b))
             pair = Pair(pair.a @ a, b @ pair.b)  # noqa: PLW2901  the same adapter, seen from outside

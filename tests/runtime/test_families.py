@@ -64,10 +64,12 @@ def test_a_fleet_of_unequal_devices_learns_by_every_family(tiny_base: Path, tmp_
             devices=devices,
         ).run()  # fmt: skip
         merged = fleet.merged()
+        personal = [lives[-1].personal() for lives in fleet.trainers.values()]
         updates = [record for record in fleet.records if record["event"] == "update"]
     losses = [[record["loss_first"] for record in updates if record["client"] == who] for who in devices]
 
     assert set(fleet.delivered) == set(devices)
+    assert all(adapter.shapes == merged.shapes for adapter in personal)
     assert all(last < first for first, *_, last in losses)
     assert all(np.isfinite(pair.a).all() and pair.product().any() for pair in merged.values())
     for layer, pair in merged.items():
