@@ -64,7 +64,8 @@ def test_a_fleet_of_unequal_devices_learns_by_every_family(tiny_base: Path, tmp_
             devices=devices,
         ).run()  # fmt: skip
         merged = fleet.merged()
-        personal = [lives[-1].personal() for lives in fleet.trainers.values()]
+        trainers: Any = fleet.trainers
+        personal = [lives[-1].personal() for lives in trainers.values()]
         updates = [record for record in fleet.records if record["event"] == "update"]
     losses = [[record["loss_first"] for record in updates if record["client"] == who] for who in devices]
 
