@@ -3,11 +3,12 @@
     python -m benchmarks.methods [--quick] [--setting NAME …] [--way NAME …] [--rounds N] [--seeds N] [--keep FOLDER]
 
 Ten devices of ranks 2 to 32, of which five take part in a round of eight local steps, name the task that a text is the
-answer of, or tell good reviews from bad ones. The learning rate of each method is chosen from a grid on a seed that is
-not compared, in fewer rounds. A method that needs equal ranks has every device train what the smallest bears. For
-reference: every device at the largest rank, and one device with all texts. `increment_vs_homogeneous` is the final
-held-out loss of `increment` over that of itself at the largest rank everywhere, and `wins_over_x` the share of
-settings in which the loss of `increment` is lower than that of x with 95 % intervals that do not overlap.
+answer of, or tell good reviews from bad ones. The learning rate of each method, and how much larger it is on a device
+of smaller rank, is chosen from a grid on a seed that is not compared, in fewer rounds. A method that needs equal ranks
+has every device train what the smallest bears. For reference: every device at the largest rank, and one device with all
+texts. `increment_vs_homogeneous` is the final held-out loss of `increment` over that of itself at the largest rank
+everywhere, and `wins_over_x` the share of settings in which the loss of `increment` is lower than that of x with 95 %
+intervals that do not overlap.
 
 Each life is a process of its own with one thread; with --keep, lives that have ended are kept there and not run again.
 """
@@ -31,14 +32,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.methods_fleet import Way
+from benchmarks.methods_fleet import Rate, Way
 from benchmarks.result import Goal, result
 from benchmarks.slices import interval
 
 UNEQUAL = (2, 2, 2, 2, 4, 4, 4, 8, 16, 32)
 SMALLEST, LARGEST = min(UNEQUAL), max(UNEQUAL)
 TUNING_SEED = 1000
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = tuple(Rate(largest, exponent) for exponent in (0.0, 0.5) for largest in (1e-3, 2e-3, 4e-3))
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,14 @@ class Order:
     way: str
     seed: int
     rate: float
+    exponent: float
     rounds: int
     steps: int
+
+    @property
+    def of(self) -> Rate:
+        """How fast its devices learn."""
+        return Rate(self.rate, self.exponent)
 
     @property
     def key(self) -> str:
@@ -139,10 +146,15 @@ def main() -> int:
 def _compare(options: argparse.Namespace, runner: Runner, ways: Sequence[str], settings: Sequence[str]) -> int:
     console = Console()
 
-    def order(setting: str, way: str, seed: int, rate: float, rounds: int) -> Order:
-        return Order(setting, way, seed, rate, rounds, options.steps)
+    def order(setting: str, way: str, seed: int, rate: Rate, rounds: int) -> Order:
+        return Order(setting, way, seed, *rate, rounds, options.steps)
 
-    tuning = [order("pilot", way, TUNING_SEED, rate, options.tuning_rounds) for way in ways for rate in RATES]
+    tuning = [
+        order("pilot", way, TUNING_SEED, rate, options.tuning_rounds)
+        for way in ways
+        for rate in RATES
+        if useful(way, rate)
+    ]
     rates = tuned(runner.all(tuning, "learning rates"))
     wanted = [
         order(setting, way, seed, rates[way], options.rounds)
@@ -204,7 +216,7 @@ def _live(data: Path, order: Order) -> dict[str, Any]:
     setting = SETTINGS[order.setting]
     fleet = wire_fleet.build(data / setting.data, order.seed, UNEQUAL, alpha=setting.alpha)
     torch.manual_seed(order.seed)
-    life = Life(fleet, WAYS[order.way], steps=order.steps, seed=order.seed, rate=order.rate)
+    life = Life(fleet, WAYS[order.way], steps=order.steps, seed=order.seed, rate=order.of)
     return asdict(life.run(order.rounds, max(1, order.rounds // 3)))
 
 
@@ -214,12 +226,17 @@ def loss_of(order: Order, life: Mapping[str, Any]) -> float:
     return float(point["loss"])
 
 
-def tuned(lives: Lives) -> dict[str, float]:
+def useful(way: str, rate: Rate) -> bool:
+    """Whether a rate is not another one over again: where all ranks are alike, the exponent is a factor."""
+    return rate.exponent == 0 or not WAYS[way].rank
+
+
+def tuned(lives: Lives) -> dict[str, Rate]:
     """Way → the learning rate with the lowest loss; one that diverged is none."""
-    found: dict[str, dict[float, float]] = {}
+    found: dict[str, dict[Rate, float]] = {}
     for order, life in lives.items():
         loss = loss_of(order, life)
-        found.setdefault(order.way, {})[order.rate] = loss if math.isfinite(loss) else math.inf
+        found.setdefault(order.way, {})[order.of] = loss if math.isfinite(loss) else math.inf
     return {way: min(losses, key=losses.__getitem__) for way, losses in found.items()}
 
 
@@ -256,10 +273,19 @@ def _better(ours: Sequence[float], theirs: Sequence[float]) -> bool:
     return statistics.mean(ours) + interval(ours) < statistics.mean(theirs) - interval(theirs)
 
 
-def table(setting: str, lives: Lives, rates: Mapping[str, float]) -> Table:
+def table(setting: str, lives: Lives, rates: Mapping[str, Rate]) -> Table:
     """For people: one line for each way, the best first."""
     made = Table(title=f"{setting}: held-out loss (accuracy)", title_style="bold")
-    for column in ("way", "rate", "global model", "± 95 %", "as devices hold it", "personal", "numbers up", "merge, s"):
+    for column in (
+        "way",
+        "rate, exponent",
+        "global model",
+        "± 95 %",
+        "as devices hold it",
+        "personal",
+        "numbers up",
+        "merge, s",
+    ):
         made.add_column(column, justify="left" if column == "way" else "right")
     losses = by_way(lives, setting, loss_of)
     for way in sorted(losses, key=lambda name: statistics.mean(losses[name])):
@@ -268,8 +294,9 @@ def table(setting: str, lives: Lives, rates: Mapping[str, float]) -> Table:
         cells = [_cell(column) for column in zip(*points, strict=True)]
         first = next(iter(mine.values()))
         seconds = statistics.mean(life["merge_seconds"] for life in mine.values())
+        told = f"{rates[way].largest:g}, {rates[way].exponent:g}"
         made.add_row(
-            way, f"{rates[way]:g}", cells[0], f"{interval(losses[way]):.3f}", *cells[1:],
+            way, told, cells[0], f"{interval(losses[way]):.3f}", *cells[1:],
             f"{first['numbers_up'] / 1e6:.2f} M", f"{seconds:.2f}",
         )  # fmt: skip
     return made

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,7 @@ TAKING_PART = 5
 SEEN_BY_EACH = 256
 """Held-out texts that each device's part of the global model is judged by."""
 PERSONAL_STEPS = 8
+MOST = 32
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,13 @@ class Way:
         more += ["prefix only"] if self.prefix else []
         more += ["centralised"] if self.central else []
         return ", ".join([self.method, *more, *(f"{key} {value}" for key, value in self.facts)])
+
+
+class Rate(NamedTuple):
+    """The learning rate of a device of rank r is `largest` times (32 / r) to the power of `exponent`."""
+
+    largest: float
+    exponent: float
 
 
 @dataclass
@@ -102,7 +110,7 @@ class Ended:
 class Life:
     """One fleet's life by one method."""
 
-    def __init__(self, fleet: Fleet, way: Way, *, steps: int, seed: int, rate: float) -> None:
+    def __init__(self, fleet: Fleet, way: Way, *, steps: int, seed: int, rate: Rate) -> None:
         self.fleet, self.way, self.steps, self.seed, self.rate = fleet, way, steps, seed, rate
         self.method: Aggregator = aggregators.build(way.method, **dict(way.facts))
         self.devices = {}
@@ -183,7 +191,8 @@ class Life:
             terms.append(tail(facts["kept"], facts["tail_penalty"], scaling))
         with wire_fleet.attached(self.fleet, chosen.seen, chosen.rows) as found:
             order = self.seed * 1000 + number
-            moved, _ = wire_fleet.train(found, device.texts, steps, order, self.rate, terms, asks.trained)
+            rate = self.rate.largest * (MOST / device.rank) ** self.rate.exponent
+            moved, _ = wire_fleet.train(found, device.texts, steps, order, rate, terms, asks.trained)
         return moved, chosen
 
     def _remember(self, device: Device, chosen: slices.Slices, moved: Adapter, asks: Asks) -> None:

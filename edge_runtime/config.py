@@ -142,6 +142,8 @@ class Training(Section):
 
     max_steps: Positive = 24
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    rate_exponent: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """A device that trains r of `adapter.max_rank` directions takes (max_rank / r) to this power times the rate."""
     batch_size: Positive = 4
     """Examples of one optimiser step; the device's plan splits them into micro-batches."""
     warmup_steps: Annotated[int, Field(ge=0)] = 2

@@ -29,7 +29,7 @@ class Training(Model):
     """How a device trains in this round."""
 
     max_steps: Annotated[int, Field(ge=0)]
-    learning_rate: Annotated[Finite, Field(gt=0)]
+    learning_rate: Annotated[Finite, Field(gt=0, description="of a device that trains max_rank directions")]
     batch_size: Annotated[int, Field(ge=1, description="examples of one optimiser step")]
     warmup_steps: Annotated[int, Field(ge=0)]
     weight_decay: Annotated[Finite, Field(ge=0)]
@@ -47,6 +47,9 @@ class Training(Model):
     factors: Annotated[
         Factors, Field(description="which factors of the slice are trained; the others stay as they were received")
     ] = "ab"
+    rate_exponent: Annotated[
+        Finite, Field(ge=0, le=1, description="a device of rank r multiplies its rate by (max_rank / r) to this power")
+    ] = 0.0
     kept: Annotated[
         Finite, Field(gt=0, le=1, description="share of a layer's directions that stay where it is pruned; 1 for never")
     ] = 1.0

@@ -76,6 +76,11 @@ class Family:
     examples: tuple[str, ...]
     virtual: bool = False
 
+    @property
+    def paired(self) -> bool:
+        """Whether low-rank pairs are among what it trains."""
+        return any(not piece.tensor for piece in self.pieces("", 1, 1))
+
 
 EMBEDDING = "embed_tokens"
 

@@ -262,7 +262,7 @@ class LocalTrainer:
             max_steps=1, learning_rate=1.0, batch_size=ready.plan.micro_batch * ready.plan.gradient_accumulation_steps,
             warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, seed=0,
         )  # fmt: skip
-        return scores(ready.live, ready.train, task_of(one, 0, ready.plan, ready.spec.family))
+        return scores(ready.live, ready.train, task_of(one, 0, ready.plan, ready.spec))
 
     def evaluate(self) -> float:
         """Mean completion loss on the held-out examples, nats per token."""
@@ -293,7 +293,7 @@ class LocalTrainer:
         ready, received, kept = self.ready, self._received, self._kept
         if received is None:
             raise DataError("nothing was received yet; receive() comes first")
-        task = task_of(training, round_number, ready.plan, ready.spec.family)
+        task = task_of(training, round_number, ready.plan, ready.spec)
 
         def stepped(at: resume.StepReport) -> None:
             on_step(StepReport(at.step, at.steps, at.loss))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from edge_runtime.errors import RoundError, unknown_name
 from edge_runtime.train.loop import LocalTask
 from edge_runtime.train.schedule import SCHEDULES
-from edge_runtime.trainer import Training
+from edge_runtime.trainer import AdapterSpec, Training
 from profiles.families import FAMILIES
 from profiles.plan import Plan
 
@@ -20,7 +20,19 @@ def same_model(one: Plan, other: Plan) -> bool:
     return (same_numbers(one), one.threads) == (same_numbers(other), other.threads)
 
 
-def task_of(training: Training, round_number: int, chosen: Plan, family: str) -> LocalTask:
+def rate_of(training: Training, rank: int, spec: AdapterSpec) -> float:
+    """The largest learning rate of a device of that rank.
+
+    Adam moves every number of a factor by as much as the rate, whatever their gradients are. The rows of `a` are
+    orthonormal but for their scale, so a step moves the product of r directions by the root of r times that, and a
+    device of rank 2 a quarter as far as one of rank 32. Whoever trains fewer directions may have a larger rate.
+    """
+    if not FAMILIES[spec.family].paired:
+        return training.learning_rate
+    return float(training.learning_rate * (max(1.0, spec.max_rank / rank)) ** training.rate_exponent)
+
+
+def task_of(training: Training, round_number: int, chosen: Plan, spec: AdapterSpec) -> LocalTask:
     """One round of a plan.
 
     Raises:
@@ -28,10 +40,10 @@ def task_of(training: Training, round_number: int, chosen: Plan, family: str) ->
     """
     if training.schedule not in SCHEDULES:
         raise RoundError(unknown_name("schedule", training.schedule, SCHEDULES) + "; update this device")
-    virtual = chosen.held if FAMILIES[family].virtual else 0
+    virtual = chosen.held if FAMILIES[spec.family].virtual else 0
     return LocalTask(
         steps=training.max_steps,
-        learning_rate=training.learning_rate,
+        learning_rate=rate_of(training, chosen.rank, spec),
         pack_tokens=chosen.micro_batch * (chosen.max_length + virtual),
         micro_batch=chosen.micro_batch,
         gradient_accumulation_steps=-(-training.batch_size // chosen.micro_batch),
@@ -45,7 +57,7 @@ def task_of(training: Training, round_number: int, chosen: Plan, family: str) ->
         schedule=training.schedule,
         optimizer=chosen.optimizer,
         lora_plus_ratio=training.lora_plus_ratio,
-        family=family,
+        family=spec.family,
         virtual_tokens=virtual,
         factors=training.factors,
     )

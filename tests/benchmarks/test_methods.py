@@ -15,11 +15,12 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from benchmarks.methods import EQUAL, OURS, RIVALS, SAME, SETTINGS, SMALLEST, WAYS, Order, Runner, figures, tuned
+from benchmarks.methods_fleet import Rate
 from server import aggregators
 
 pytestmark = pytest.mark.torch
 
-FIRST = Order("pilot", OURS.name, 0, 2e-3, 3, 8)
+FIRST = Order("pilot", OURS.name, 0, 2e-3, 0.0, 3, 8)
 
 
 def life(loss: float, personal: float = 9.0) -> Mapping[str, Any]:
@@ -33,13 +34,13 @@ def life(loss: float, personal: float = 9.0) -> Mapping[str, Any]:
 
 def test_the_rate_with_the_lowest_loss_is_taken_and_one_that_diverged_is_none() -> None:
     found = {replace(FIRST, rate=rate): life(loss) for rate, loss in ((1e-3, 0.5), (2e-3, 0.4), (4e-3, math.nan))}
-    assert tuned(found) == {OURS.name: 2e-3}
+    assert tuned(found) == {OURS.name: Rate(2e-3, 0.0)}
 
 
 def test_a_method_without_a_global_model_is_judged_by_the_personal_ones() -> None:
     way = next(name for name in WAYS if name.startswith("fedsa"))
     found = {replace(FIRST, way=way, rate=rate): life(1.0, personal) for rate, personal in ((1e-3, 0.5), (2e-3, 0.7))}
-    assert tuned(found) == {way: 1e-3}
+    assert tuned(found) == {way: Rate(1e-3, 0.0)}
 
 
 @pytest.mark.parametrize(
