@@ -6,9 +6,9 @@ Ten devices of ranks 2 to 32, of which five take part in a round of eight local 
 answer of, or tell good reviews from bad ones. The learning rate of each method, and how much larger it is on a device
 of smaller rank, is chosen from a grid on a seed that is not compared, in fewer rounds. A method that needs equal ranks
 has every device train what the smallest bears. For reference: every device at the largest rank, and one device with all
-texts. `increment_vs_homogeneous` is the final held-out loss of `increment` over that of itself at the largest rank
-everywhere, and `wins_over_x` the share of settings in which the loss of `increment` is lower than that of x with 95 %
-intervals that do not overlap.
+texts. A life is judged by the mean held-out loss of its last four rounds. `increment_vs_homogeneous` is that of
+`increment` over that of itself at the largest rank everywhere, and `wins_over_x` the share of settings in which the
+loss of `increment` is lower than that of x with 95 % intervals that do not overlap.
 
 Each life is a process of its own with one thread; with --keep, lives that have ended are kept there and not run again.
 """
@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.methods_fleet import Rate, Way
+from benchmarks.methods_fleet import LAST, Rate, Way
 from benchmarks.result import Goal, result
 from benchmarks.slices import interval
 
@@ -221,9 +221,16 @@ def _live(data: Path, order: Order) -> dict[str, Any]:
 
 
 def loss_of(order: Order, life: Mapping[str, Any]) -> float:
-    """The final loss that a way is judged by: of the global model; of personal ones where there is none."""
-    point = life["personal"] if order.way.startswith("fedsa") else life["rounds"][str(order.rounds)]
-    return float(point["loss"])
+    """The loss that a way is judged by: of the global models of its last rounds, or of personal ones."""
+    if order.way.startswith("fedsa"):
+        return float(life["personal"]["loss"])
+    return statistics.mean(point["loss"] for point in last_of(life))
+
+
+def last_of(life: Mapping[str, Any]) -> list[Mapping[str, float]]:
+    """The global models that a life is judged by."""
+    rounds = sorted(life["rounds"], key=int)
+    return [life["rounds"][number] for number in rounds[-LAST:]]
 
 
 def useful(way: str, rate: Rate) -> bool:
@@ -290,7 +297,7 @@ def table(setting: str, lives: Lives, rates: Mapping[str, Rate]) -> Table:
     losses = by_way(lives, setting, loss_of)
     for way in sorted(losses, key=lambda name: statistics.mean(losses[name])):
         mine = {order: life for order, life in lives.items() if order.way == way}
-        points = [[life["rounds"][str(o.rounds)], life["devices"], life["personal"]] for o, life in mine.items()]
+        points = [[_mean(last_of(life)), life["devices"], life["personal"]] for life in mine.values()]
         cells = [_cell(column) for column in zip(*points, strict=True)]
         first = next(iter(mine.values()))
         seconds = statistics.mean(life["merge_seconds"] for life in mine.values())
@@ -302,9 +309,13 @@ def table(setting: str, lives: Lives, rates: Mapping[str, Rate]) -> Table:
     return made
 
 
+def _mean(points: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: statistics.mean(point[name] for point in points) for name in ("loss", "accuracy")}
+
+
 def _cell(points: Sequence[Mapping[str, float]]) -> str:
-    loss, right = (statistics.mean(point[name] for point in points) for name in ("loss", "accuracy"))
-    return f"{loss:.3f} ({right:.3f})"
+    found = _mean(points)
+    return f"{found['loss']:.3f} ({found['accuracy']:.3f})"
 
 
 if __name__ == "__main__":
