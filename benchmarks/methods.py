@@ -32,27 +32,29 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.methods_fleet import LAST, Rate, Way
+from benchmarks.methods_fleet import LAST, SMALLEST, Rate, Way
 from benchmarks.result import Goal, result
 from benchmarks.slices import interval
 
 UNEQUAL = (2, 2, 2, 2, 4, 4, 4, 8, 16, 32)
-SMALLEST, LARGEST = min(UNEQUAL), max(UNEQUAL)
+LARGEST = max(UNEQUAL)
 TUNING_SEED = 1000
 RATES = tuple(Rate(largest, exponent) for exponent in (0.0, 0.5) for largest in (1e-3, 2e-3, 4e-3))
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Who has which texts.
+    """Who has which texts, and which ranks there are.
 
     Attributes:
         data: folder below `--data`.
         alpha: see `wire_fleet.build`.
+        ranks: of the devices.
     """
 
     data: str
     alpha: float
+    ranks: tuple[int, ...] = UNEQUAL
 
 
 SETTINGS: Mapping[str, Setting] = {
@@ -62,8 +64,11 @@ SETTINGS: Mapping[str, Setting] = {
     "iid": Setting("natural-instructions", math.inf),
     "natural": Setting("natural-instructions", 0.0),
     "sst2": Setting("sst2", 0.5),
+    "ranks-alike": Setting("natural-instructions", 0.3, (8,) * 10),
+    "ranks-apart": Setting("natural-instructions", 0.3, (4, 4, 4, 4, 8, 8, 8, 8, 16, 16)),
 }
-"""Setting → its texts; in "natural" each task is on one device alone."""
+"""Setting → its texts and ranks. In "natural" each task is on one device alone. The last two and "pilot" have ranks of
+about one sum, ever farther apart: the survey's second question."""
 
 EQUAL = ("fedit", "ffa_lora", "rolora", "fedsa_lora", "lora_fair", "fedex_lora")
 UNEQUAL_ONES = ("zero_pad", "rbla", "raflora", "florist", "glora")
@@ -214,7 +219,7 @@ def _live(data: Path, order: Order) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     setting = SETTINGS[order.setting]
-    fleet = wire_fleet.build(data / setting.data, order.seed, UNEQUAL, alpha=setting.alpha)
+    fleet = wire_fleet.build(data / setting.data, order.seed, setting.ranks, alpha=setting.alpha)
     torch.manual_seed(order.seed)
     life = Life(fleet, WAYS[order.way], steps=order.steps, seed=order.seed, rate=order.of)
     return asdict(life.run(order.rounds, max(1, order.rounds // 3)))

@@ -31,7 +31,7 @@ TAKING_PART = 5
 SEEN_BY_EACH = 256
 """Held-out texts that each device's part of the global model is judged by."""
 PERSONAL_STEPS = 8
-MOST = 32
+SMALLEST = -1
 LAST = 4
 """Rounds that a life is judged by: with five devices of unequal labels, one round is a matter of who takes part."""
 
@@ -42,7 +42,8 @@ class Way:
 
     Attributes:
         method: of the table.
-        rank: of every device, where the method needs equal ranks or the question does; 0 for each device's own.
+        rank: of every device, where the method needs equal ranks or the question does; SMALLEST for that of the
+            smallest device, 0 for each device's own.
         prefix: whether devices hold no more than they train, although the method would let them.
         central: whether one device has all texts, and takes the steps of all that would take part.
         facts: parameters of the method.
@@ -57,14 +58,14 @@ class Way:
     @property
     def name(self) -> str:
         """For the table."""
-        more = [f"rank {self.rank}"] if self.rank else []
+        more = ["smallest rank"] if self.rank == SMALLEST else [f"rank {self.rank}"] if self.rank else []
         more += ["prefix only"] if self.prefix else []
         more += ["centralised"] if self.central else []
         return ", ".join([self.method, *more, *(f"{key} {value}" for key, value in self.facts)])
 
 
 class Rate(NamedTuple):
-    """The learning rate of a device of rank r is `largest` times (32 / r) to the power of `exponent`."""
+    """The rate of a device of rank r is `largest` times (largest rank / r) to the power of `exponent`."""
 
     largest: float
     exponent: float
@@ -116,13 +117,15 @@ class Life:
         self.fleet, self.way, self.steps, self.seed, self.rate = fleet, way, steps, seed, rate
         self.method: Aggregator = aggregators.build(way.method, **dict(way.facts))
         self.devices = {}
+        least = min(rank for rank, _ in fleet.devices.values())
         dealt = fleet.devices
         if way.central:
             everything = [text for _, texts in fleet.devices.values() for text in texts]
             dealt, self.steps = {"all": (way.rank, everything)}, steps * TAKING_PART
         for name, (rank, texts) in dealt.items():
             own, rest = texts[::5], [text for at, text in enumerate(texts) if at % 5]
-            self.devices[name] = Device(way.rank or rank, rest or list(texts), own)
+            found = min(least, rank) if way.rank == SMALLEST else way.rank or rank
+            self.devices[name] = Device(found, rest or list(texts), own)
         self.largest = max(device.rank for device in self.devices.values())
         self.numbers_up = self.numbers_down = 0
 
@@ -193,7 +196,7 @@ class Life:
             terms.append(tail(facts["kept"], facts["tail_penalty"], scaling))
         with wire_fleet.attached(self.fleet, chosen.seen, chosen.rows) as found:
             order = self.seed * 1000 + number
-            rate = self.rate.largest * (MOST / device.rank) ** self.rate.exponent
+            rate = self.rate.largest * (self.largest / device.rank) ** self.rate.exponent
             moved, _ = wire_fleet.train(found, device.texts, steps, order, rate, terms, asks.trained)
         return moved, chosen
 

@@ -14,8 +14,8 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from benchmarks.methods import EQUAL, OURS, RIVALS, SAME, SETTINGS, SMALLEST, WAYS, Order, Runner, figures, tuned
-from benchmarks.methods_fleet import Rate
+from benchmarks.methods import EQUAL, OURS, RIVALS, SAME, SETTINGS, WAYS, Order, Runner, figures, tuned
+from benchmarks.methods_fleet import SMALLEST, Rate
 from server import aggregators
 
 pytestmark = pytest.mark.torch
