@@ -129,6 +129,27 @@ def decompose(pairs: Iterable[tuple[float, Pair]]) -> Spectrum:
     return factorise(*stack(pairs))
 
 
+def svd(matrix: Wide) -> tuple[Wide, Wide, Wide]:
+    """The thin SVD u, s, vt of any matrix of finite numbers.
+
+    LAPACK's iterations end without a result on some triangular matrices whose singular values fall over nine orders of
+    magnitude, in whichever precision and scale; on the same matrix turned or upside down they converge.
+
+    Raises:
+        numpy.linalg.LinAlgError: none of these did.
+    """
+    try:
+        u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    except np.linalg.LinAlgError:
+        try:
+            v, s, ut = np.linalg.svd(matrix.T, full_matrices=False)
+            u, vt = ut.T, v.T
+        except np.linalg.LinAlgError:
+            u, s, vt = np.linalg.svd(matrix[::-1], full_matrices=False)
+            u = u[::-1]
+    return u, s, vt
+
+
 def factorise(b: Wide, a: Wide) -> Spectrum:
     """The exact singular form of b @ a: thin QR of both factors, SVD of the small core.
 
@@ -138,7 +159,7 @@ def factorise(b: Wide, a: Wide) -> Spectrum:
     """
     q_b, r_b = np.linalg.qr(b)
     q_a, r_a = np.linalg.qr(a.T)
-    u, s, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    u, s, vt = svd(r_b @ r_a.T)
     return signed(Spectrum(q_b @ u, s, vt @ q_a.T))
 
 

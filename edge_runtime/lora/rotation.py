@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.lora.adapter import Matrix, Pair
+from edge_runtime.lora.algebra import svd
 
 Square = NDArray[np.float64]
 
@@ -51,7 +52,7 @@ def align(new: Pair, old: Pair) -> Alignment:
             f"and {old.shape} rank {old.rank}"
         )
     new_a, new_b, old_a, old_b = (factor.astype(np.float64) for factor in (new.a, new.b, old.a, old.b))
-    u, s, vt = np.linalg.svd(new_a @ old_a.T + new_b.T @ old_b)
+    u, s, vt = svd(new_a @ old_a.T + new_b.T @ old_b)
     sizes = [np.sqrt(np.sum(a * a) + np.sum(b * b)) for a, b in ((new_a, new_b), (old_a, old_b))]
     product = float(sizes[0] * sizes[1])
     return Alignment(u @ vt, min(1.0, float(s.sum()) / product) if product else 0.0)
@@ -79,12 +80,12 @@ def follow(new: Pair, old: Pair) -> Square:
     if not new.rank or not old.rank:
         return np.zeros((new.rank, old.rank))
     (basis, tall), (old_basis, old_tall) = (np.linalg.qr(_beside(pair)) for pair in (new, old))
-    u, cosines, vt = np.linalg.svd(basis.T @ old_basis)
+    u, cosines, vt = svd(basis.T @ old_basis)
     common = int(np.count_nonzero(cosines >= SAME))
     if common == new.rank == old.rank:
         return align(new, old).rotation
     shared = (u[:, :common] * cosines[:common]) @ vt[:common]
-    u, _, vt = np.linalg.svd(tall.T @ shared @ old_tall)
+    u, _, vt = svd(tall.T @ shared @ old_tall)
     followed: Square = u[:, :common] @ vt[:common]
     return followed
 

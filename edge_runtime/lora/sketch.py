@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.lora.algebra import Spectrum, Wide, draw_from, signed
+from edge_runtime.lora.algebra import Spectrum, Wide, draw_from, signed, svd
 from edge_runtime.lora.columns import Columns, backward, forward, magnitude
 from edge_runtime.lora.orthonormal import orthonormal
 
@@ -204,7 +204,7 @@ def _excess(squares: Sequence[NDArray[np.float64]], rank: int, error: float) -> 
 
 
 def _told(half: _Half, found: _Judged, rounding: float, precision: type[np.floating]) -> Sketch:
-    u, s, vt = np.linalg.svd(half.core)
+    u, s, vt = svd(half.core)
     spectrum = signed(Spectrum(half.q @ u, s, vt @ half.z.T))
     bound = found.lacking / math.sqrt(SHARE)
     return Sketch(spectrum, found.missed, found.lacking, bound, rounding, found.steps, found.excess, precision)

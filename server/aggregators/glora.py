@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from edge_runtime.lora.algebra import Spectrum, Wide, decompose, refill, signed, size_of, stack, to_pair
+from edge_runtime.lora.algebra import Spectrum, Wide, decompose, refill, signed, size_of, stack, svd, to_pair
 from server.aggregators.layers import Engine, LayerResult, LayerTask, averaging, local
 from server.aggregators.method import Aggregator, LayerReport
 
@@ -44,7 +44,7 @@ def merge_layer(task: LayerTask) -> LayerResult:
         rows.append(np.sqrt(share) * found.vt[:known].T)
     u, v = (_leading(np.concatenate(side, axis=1), rank) for side in (columns, rows))
     left, right = stack(parts)
-    inner, s, outer = np.linalg.svd((u.T @ left) @ (right @ v), full_matrices=False)
+    inner, s, outer = svd((u.T @ left) @ (right @ v))
     merged = signed(Spectrum(u @ inner, s, outer @ v.T))
     whole = size_of(left, right)
     # Through the difference itself: that of the squares would only be rounding where little is lost.
@@ -56,6 +56,6 @@ def merge_layer(task: LayerTask) -> LayerResult:
 
 def _leading(side: Wide, rank: int) -> Wide:
     """The first eigenvectors of side @ sideᵀ, as many as it has and at most `rank`; (d, r)."""
-    vectors, values, _ = np.linalg.svd(side, full_matrices=False)
+    vectors, values, _ = svd(side)
     kept = int(np.count_nonzero(values[:rank] > np.finfo(np.float32).eps))
     return vectors[:, :kept]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.lora import algebra
 from edge_runtime.lora.adapter import Adapter, Pair
-from edge_runtime.lora.algebra import ROW_NORM
+from edge_runtime.lora.algebra import ROW_NORM, Wide, svd
 from tests.lora.terms import Terms, dense, magnitude, weighted
 from tests.strategies import gaussian, laws, pairs
 
@@ -312,3 +312,30 @@ def test_the_zero_change_has_its_rank_and_no_effect(d_out: int, d_in: int, rank:
     assert (pair.shape, pair.rank) == ((d_out, d_in), rank)
     assert algebra.norm(pair) == 0.0
     assert algebra.decompose([(1.0, pair)]).numerical_rank == 0
+
+
+@pytest.mark.parametrize("failures", [0, 1, 2])
+def test_where_one_way_to_an_svd_does_not_converge_another_does(failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LAPACK ends without a result on some graded cores of real merges."""
+    draw, real, left = np.random.default_rng(failures), np.linalg.svd, [failures]
+
+    def stubborn(matrix: Wide, *, full_matrices: bool) -> tuple[Wide, Wide, Wide]:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise np.linalg.LinAlgError("SVD did not converge")
+        u, s, vt = real(matrix, full_matrices=full_matrices)
+        return u, s, vt
+
+    matrix = np.triu(draw.standard_normal((7, 5)) * np.logspace(0, -11, 7)[:, None])
+    monkeypatch.setattr(np.linalg, "svd", stubborn)
+    u, s, vt = svd(matrix)
+    assert (u.shape, s.shape, vt.shape) == ((7, 5), (5,), (5, 5))
+    assert np.allclose((u * s) @ vt, matrix, rtol=0, atol=1e-14)
+    assert np.allclose(u.T @ u, np.eye(5))
+    assert np.allclose(vt @ vt.T, np.eye(5))
+    assert np.all(np.diff(s) <= 0)
+
+
+def test_an_svd_of_what_is_no_number_is_an_error() -> None:
+    with pytest.raises(np.linalg.LinAlgError):
+        svd(np.full((3, 3), np.nan))

@@ -21,7 +21,7 @@ from math import hypot
 import numpy as np
 
 from edge_runtime.lora.adapter import Adapter, Pair, joined
-from edge_runtime.lora.algebra import Spectrum, signed, to_pair, zero
+from edge_runtime.lora.algebra import Spectrum, signed, svd, to_pair, zero
 from server.aggregators.method import Aggregator, LayerReport, Merged, State, Update
 from server.aggregators.robust.basis import NOISE, Basis, Changes, basis, changes, coordinates
 from server.aggregators.robust.form import instead, terms
@@ -117,7 +117,7 @@ def _trimmed(found: Changes, base: Basis, trim: Trim) -> tuple[Wide, Wide, Wide]
 
 def _pair(middle: Wide, base: Basis) -> Pair:
     """The pair of U T Vᵀ, without directions that are rounding."""
-    u, s, vt = np.linalg.svd(middle, full_matrices=False)
+    u, s, vt = svd(middle)
     held = max(1, int(np.count_nonzero(s**2 > NOISE * s[0] ** 2)))
     return to_pair(signed(Spectrum(base.u @ u[:, :held], s[:held], vt[:held] @ base.v)))
 

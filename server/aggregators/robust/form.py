@@ -18,7 +18,7 @@ from dataclasses import replace
 import numpy as np
 
 from edge_runtime.lora.adapter import Adapter, Deferred, Pair
-from edge_runtime.lora.algebra import ROW_NORM, change, changed, cut, decompose, pad, to_pair, zero
+from edge_runtime.lora.algebra import ROW_NORM, change, changed, cut, decompose, pad, svd, to_pair, zero
 from edge_runtime.lora.rotation import align
 from server.aggregators.method import Aggregator, State, Update
 
@@ -83,7 +83,7 @@ def canonical(received: Pair, trained: Pair, factor: float = 1.0) -> Pair:
     found = to_pair(spectrum, 0, min(received.rank, spectrum.numerical_rank))
     wide = received.a.astype(np.float64)
     rows = found.a.astype(np.float64) / ROW_NORM
-    _, _, rest = np.linalg.svd(wide - (wide @ rows.T) @ rows, full_matrices=False)
+    _, _, rest = svd(wide - (wide @ rows.T) @ rows)
     free = (ROW_NORM * rest[: received.rank - found.rank]).astype(np.float32)
     whole = Pair(np.concatenate([found.a, free]), pad(found, received.rank).b)
     turn = align(received, whole).rotation
