@@ -6,12 +6,13 @@ Families that no other format has leave the house in it, and are read back into 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_runtime.lora.adapter import Adapter, LayerSlot, Slot
 from edge_runtime.lora.native import Native, write_native_folder
-from edge_runtime.train import mixed
-from edge_runtime.train.live import LiveModel
+
+if TYPE_CHECKING:
+    from edge_runtime.train.live import LiveModel
 
 
 def export(adapter: Adapter, folder: Path, *, base_name: str, scaling: float) -> Path:
@@ -39,6 +40,8 @@ def into_model(model: Any, found: Native) -> LiveModel:
     Raises:
         BaseModelError: it belongs to another base.
     """
+    from edge_runtime.train import mixed  # noqa: PLC0415 - a server writes adapters, and has no torch
+
     sizes = found.adapter.sizes
     slot = Slot({name: LayerSlot(d_out, d_in, rank, 0) for name, (d_out, d_in, rank) in sizes.items()})
     live = mixed.attach(model, slot, scaling=found.scaling)
