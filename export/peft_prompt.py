@@ -12,7 +12,7 @@ import numpy as np
 
 from edge_runtime.lora.adapter import Adapter
 from edge_runtime.lora.files import write_folder
-from edge_runtime.train.virtual import start_of
+from edge_runtime.lora.named_draws import virtual_rows
 
 KINDS = frozenset({"prompt"})
 """The tensors of this family."""
@@ -25,7 +25,7 @@ def write(adapter: Adapter, folder: Path, base_name: str) -> None:
         ExportError: the folder cannot be written.
     """
     (name, pair), *_ = adapter.items()
-    rows = start_of(name, pair.rank, pair.shape[1]).numpy() + pair.a
+    rows = virtual_rows(name, pair.rank, pair.shape[1]) + pair.a
     config = {
         "base_model_name_or_path": base_name,
         "inference_mode": True,

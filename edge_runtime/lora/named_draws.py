@@ -39,3 +39,13 @@ def places(text: str, count: int, of: int) -> NDArray[np.int64]:
         found = numbers[np.sort(np.unique(numbers, return_index=True)[1])]
         drawn *= 2
     return found[:count]
+
+
+START = 0.1
+"""Rows of virtual tokens begin evenly distributed over -START … START, drawn from their layer's name: small, and unlike
+each other."""
+
+
+def virtual_rows(name: str, rows: int, width: int) -> Matrix:
+    """(rows, width) float32: where the rows of the virtual tokens of that layer begin, on every device."""
+    return np.stack([uniform(f"virtual:{name}:{row}", width, START) for row in range(rows)])

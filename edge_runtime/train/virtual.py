@@ -17,22 +17,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
-from edge_runtime.lora.named_draws import uniform
+from edge_runtime.lora.named_draws import virtual_rows
 from edge_runtime.train.dense_tensor import DenseTensor
 from edge_runtime.train.lora_linear import frozen_product
 from edge_runtime.train.loss import PACKED_LENGTHS
 
-START = 0.1
-"""Rows begin evenly distributed over -START … START, drawn from the layer's name: unlike each other, and small."""
-
 
 def start_of(name: str, rows: int, width: int) -> torch.Tensor:
     """(rows, width) float32: where the rows of that layer begin, on every device."""
-    drawn = [uniform(f"virtual:{name}:{row}", width, START) for row in range(rows)]
-    return torch.from_numpy(np.stack(drawn))
+    return torch.from_numpy(virtual_rows(name, rows, width))
 
 
 def _start(tensor: DenseTensor, name: str) -> torch.Tensor:
