@@ -38,8 +38,8 @@ def check_least(method: Aggregator, asked: Rounds) -> None:
     available = first_needed(asked)
     if available < method.least:
         raise ConfigError(
-            f"[aggregator] needs {method.least} updates a round; [rounds] min_available_nodes and fraction_train "
-            f"begin with {available}; raise them, or lower [aggregator] byzantine"
+            f"[aggregator] needs {method.least} updates a round; [rounds] min_available_nodes, fraction_train and, in "
+            f"buffered mode, buffer_size begin with {available}; raise them, or lower [aggregator] byzantine"
         )
 
 
