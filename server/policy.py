@@ -34,7 +34,6 @@ class Policy:
     over_select: float = 1.0
     buffer_size: int | None = None
     max_staleness: int = 0
-    staleness_exponent: float = 0.0
     increments: bool = False
     led: bool = False
 
@@ -70,7 +69,7 @@ def policy_of(config: Config, method: Aggregator, *, led: bool) -> Policy:
         seed=config.training.seed,
         increments=method.increments,
         led=led,
-        **config.rounds.model_dump(),
+        **config.rounds.model_dump(exclude={"staleness_exponent"}),
     )
 
 
