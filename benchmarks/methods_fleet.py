@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks import wire_fleet
 from benchmarks.wire_fleet import BATCH, Fleet
 from edge_runtime.lora import pruning, slices
-from edge_runtime.lora.adapter import Adapter, LayerSlot, Pair, Slot
+from edge_runtime.lora.adapter import Adapter, LayerSlot, Slot
 from edge_runtime.lora.algebra import changed
 from edge_runtime.lora.factors import exchanged, numbers_in, only
 from edge_runtime.train.classify import Labelled
@@ -223,16 +223,5 @@ class Life:
             asks = self.method.asks(rounds + 1)
             received = self._received(device, sent, asks)
             moved, chosen = self._trained(device, received, asks, rounds + 1, PERSONAL_STEPS)
-            found.append(wire_fleet.evaluate(self.fleet, _with(chosen, moved), device.held_out))
+            found.append(wire_fleet.evaluate(self.fleet, slices.learnt(chosen.seen, chosen, moved), device.held_out))
         return Point(*(float(np.mean(values)) for values in zip(*found, strict=True)))
-
-
-def _with(chosen: slices.Slices, moved: Adapter) -> Adapter:
-    """What the model held, with its trained directions as they are now."""
-    found = dict(chosen.seen)
-    for name, by in moved.items():
-        pair, rows, after = found[name], list(chosen.rows[name]), changed(chosen.before[name], by)
-        a, b = pair.a.copy(), pair.b.copy()
-        a[rows], b[:, rows] = after.a, after.b
-        found[name] = Pair(a, b)
-    return Adapter(found)

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from edge_runtime.lora.adapter import Adapter, Pair, Slot
-from edge_runtime.lora.algebra import changed, cut, fresh_rows, take
+from edge_runtime.lora.algebra import cut, fresh_rows, take
 from edge_runtime.lora.factors import exchanged, only
-from edge_runtime.lora.slices import Slices
+from edge_runtime.lora.slices import Slices, learnt
 from edge_runtime.state import DeviceState
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import Directive
@@ -75,15 +75,9 @@ def after(received: Adapter, slices: Slices, change: Adapter, directive: Directi
     own = directive.adapter.own
     if not directive.private and not own:
         return None
-    found = dict(received)
-    for name, by in change.items():
-        pair, rows = found[name], list(slices.rows[name])
-        a, b = pair.a.copy(), pair.b.copy()
-        moved = changed(slices.before[name], by)
-        a[rows], b[:, rows] = moved.a, moved.b
-        found[name] = Pair(a, b)
+    found = learnt(received, slices, change)
     if directive.private:
-        return codec.encode(only(Adapter(found), directive.private), "fp32", factor=directive.private)
+        return codec.encode(only(found, directive.private), "fp32", factor=directive.private)
     return codec.encode(Adapter({name: _last(found[name], min(own, *found[name].shape)) for name in change}), "fp32")
 
 

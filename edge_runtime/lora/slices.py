@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.errors import ConfigError, unknown_name
 from edge_runtime.lora.adapter import Adapter, Pair
-from edge_runtime.lora.algebra import fresh_rows, take
+from edge_runtime.lora.algebra import changed, fresh_rows, take
 
 Scores = NDArray[np.float64]
 """(h,), none negative: how much each held direction matters to a device."""
@@ -205,3 +205,20 @@ def slice_of(layer: str, whole: Pair, directions: Sequence[int], version: int) -
     a = fresh_rows(np.zeros((0, d_in), np.float32), count, f"slice:{version}:{layer}")
     b = np.zeros((d_out, count), np.float32)
     return Pair(np.concatenate([known.a, a]), np.concatenate([known.b, b], axis=1))
+
+
+def learnt(whole: Adapter, slices: Slices, change: Adapter) -> Adapter:
+    """An adapter with its trained rows as they are after a change.
+
+    Args:
+        whole: of which `slices.rows` were trained: what was received, or what the model held.
+        slices: what was trained.
+        change: factor-wise, of the trained slice; layers that it does not have stay as they are.
+    """
+    found = dict(whole)
+    for name, by in change.items():
+        pair, rows, moved = found[name], list(slices.rows[name]), changed(slices.before[name], by)
+        a, b = pair.a.copy(), pair.b.copy()
+        a[rows], b[:, rows] = moved.a, moved.b
+        found[name] = Pair(a, b)
+    return Adapter(found)
