@@ -25,14 +25,9 @@ from edge_runtime.train.lora_linear import frozen_product
 from edge_runtime.train.loss import PACKED_LENGTHS
 
 
-def start_of(name: str, rows: int, width: int) -> torch.Tensor:
-    """(rows, width) float32: where the rows of that layer begin, on every device."""
-    return torch.from_numpy(virtual_rows(name, rows, width))
-
-
 def _start(tensor: DenseTensor, name: str) -> torch.Tensor:
     rows = tensor().detach()
-    return start_of(name, *rows.shape).to(rows.device)
+    return torch.from_numpy(virtual_rows(name, *rows.shape)).to(rows.device)
 
 
 class Prompted(torch.nn.Module):
