@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from edge_runtime import agent, private, room, slicing
+from edge_runtime import agent, local_round, room
 from edge_runtime.conversation import Conversation
 from edge_runtime.errors import (
     DeviceMemoryError,
@@ -20,11 +20,10 @@ from edge_runtime.errors import (
 from edge_runtime.identity import Identity, hello_of, will
 from edge_runtime.keeper import Keeper, Watch
 from edge_runtime.lora.adapter import Adapter
-from edge_runtime.lora.algebra import cut
 from edge_runtime.state import DeviceState
 from edge_runtime.trainer import AdapterSpec, Delivered, Introduction, StepReport, Trainer, Training
-from edge_runtime.wire import bands, blobs, codec, feedback, update
-from edge_runtime.wire.messages import Band, Directive, Hello, Losses, Offer, Rejected, Report
+from edge_runtime.wire import blobs, codec
+from edge_runtime.wire.messages import Directive, Hello, Losses, Offer, Rejected, Report
 from edge_runtime.wire.transport import Delivery, Transport
 
 __all__ = ["Client", "Identity", "refused", "will"]
@@ -163,7 +162,8 @@ class Client:
     def _fetch(self, directive: Directive) -> None:
         self._progress.round = directive.round
         self._report("fetching")
-        self._conversation.fetch(directive.version, {band.blob.sha256: band.blob for band in self._bands(directive)})
+        refs = {band.blob.sha256: band.blob for band in local_round.bands_of(directive, self._planned)}
+        self._conversation.fetch(directive.version, refs)
 
     @property
     def _planned(self) -> Introduction:
@@ -171,18 +171,12 @@ class Client:
             raise RejectedError("a directive was obeyed before there was a plan; report this as a bug")
         return self._intro
 
-    def _bands(self, directive: Directive) -> list[Band]:
-        """The bands that this device holds."""
-        held = max(self._planned.slot.held.values(), default=0)
-        return [band for band in directive.bands if band.start < held and band.factor != directive.private]
-
     def _received(self, directive: Directive) -> Adapter:
         """The global adapter of a version, as far as this device holds it."""
-        held = self._planned.slot.held
-        payloads = [(band, self._disk.band(band.blob.sha256)) for band in self._bands(directive)]
-        whole = bands.assembled((band, codec.decode(payload)) for band, payload in payloads if payload is not None)
-        mine = Adapter({name: cut(whole[name], rank) for name, rank in held.items() if rank and name in whole})
-        return private.known(mine, directive, self._planned.slot, self._disk)
+        bands = local_round.bands_of(directive, self._planned)
+        payloads = [(band, self._disk.band(band.blob.sha256)) for band in bands]
+        decoded = ((band, codec.decode(payload)) for band, payload in payloads if payload is not None)
+        return local_round.received(directive, self._planned, decoded, self._disk)
 
     def _evaluate_base(self) -> None:
         """The base's own held-out loss, once in a fleet's life: the global adapter of version 0 is a zero change."""
@@ -202,31 +196,21 @@ class Client:
         else:
             self._report("evaluating")
             self._evaluate(directive)
-        chosen = slicing.choose(directive, self._planned, received, self._disk, self._trainer.scores)
-        if not chosen.plain:
-            self._trainer.receive(chosen.slices.seen, chosen.slices.rows)
-        result = self._trainer.train(directive.training, directive.round, self._step("training"), self._gate)
-        owed, slices = feedback.load(self._disk.owed), chosen.slices
-        change, numbers = private.shared(result.change, slices.directions, directive.adapter.own)
-        made = update.make(change, slices.before, owed, self._terms(directive), numbers)
+        made = local_round.contribute(
+            directive, self._planned, received, self._trainer, self._disk,
+            round_bytes=self._identity.round_bytes, on_step=self._step("training"), gate=self._gate,
+        )  # fmt: skip
+        result = made.result
         offer = Offer(
             client=self._name, run=directive.run, round=directive.round, version=directive.version,
             blob=blobs.describe(made.payload, self._conversation.chunk_bytes), examples=result.examples,
             loss_first=result.loss_first, loss_last=result.loss_last,
         )  # fmt: skip
-        own = private.after(received, slices, result.change, directive)
-        facts = slicing.pruned(directive, slices.before, result.change)
-        self._disk.put_outbox(offer, made.payload, feedback.dump(made.residual), own, facts)
+        self._disk.put_outbox(offer, made.payload, made.residual, made.private, made.facts)
         moved = f"loss {result.loss_first:.3f} → {result.loss_last:.3f}"
         self._say(f"round {directive.round}: {moved}, update of {len(made.payload)} bytes, {made.how}")
         self._report("offering")
         return agent.Trained(offer, directive.run)
-
-    def _terms(self, directive: Directive) -> update.Terms:
-        left = self._identity.round_bytes
-        if left is not None:
-            left = max(0, left - sum(band.blob.size for band in self._bands(directive)))
-        return update.Terms(directive.codec, directive.upload_bytes, left, directive.error_feedback, directive.sent)
 
     def _finish(self, directive: Directive) -> agent.Event:
         self._wait_for_go()

@@ -300,6 +300,8 @@ class Config(Section):
     device: Device = Device()
     governor: Governor = Governor()
     server: Server = Server()
+    simulation: Mapping[str, Any] = {}
+    """Devices that are not there; read by `simulation.settings`."""
 
 
 ANCHORED: Mapping[str, Sequence[str]] = {
@@ -338,8 +340,7 @@ def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
     env = os.environ if environ is None else environ
     if env.get("EDGE_RUNTIME_CACHE"):
         return Path(env["EDGE_RUNTIME_CACHE"])
-    root = Path(env["XDG_CACHE_HOME"]) if env.get("XDG_CACHE_HOME") else Path.home() / ".cache"
-    return root / "edge-runtime"
+    return Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edge-runtime"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -61,8 +61,12 @@ class Lock:
             self._file = -1
 
 
-def connect(path: Path) -> sqlite3.Connection:
+def connect(path: Path, *, durable: bool = True) -> sqlite3.Connection:
     """Open, or create, a database for writing.
+
+    Args:
+        path: of the file.
+        durable: whether COMMIT waits for the disk.
 
     Raises:
         sqlite3.Error: it cannot be opened, or is none.
@@ -70,7 +74,7 @@ def connect(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
     try:
         db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=FULL")
+        db.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
     except sqlite3.Error:
         db.close()
         raise

@@ -17,12 +17,12 @@ from edge_runtime.lora.adapter import Adapter, Pair, Slot
 from edge_runtime.lora.algebra import cut, fresh_rows, take
 from edge_runtime.lora.factors import exchanged, only
 from edge_runtime.lora.slices import Slices, learnt
-from edge_runtime.state import DeviceState
+from edge_runtime.state import Memory
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import Directive
 
 
-def known(received: Adapter, directive: Directive, slot: Slot, disk: DeviceState) -> Adapter:
+def known(received: Adapter, directive: Directive, slot: Slot, disk: Memory) -> Adapter:
     """What was received, with what this device keeps for itself in the place of the fleet's, or behind it.
 
     Args:

@@ -17,7 +17,7 @@ from edge_runtime.lora import allocation, pruning, slices
 from edge_runtime.lora.adapter import Adapter, Slot
 from edge_runtime.lora.algebra import changed
 from edge_runtime.lora.slices import Scores, Slices
-from edge_runtime.state import DeviceState
+from edge_runtime.state import Memory
 from edge_runtime.trainer import Introduction
 from edge_runtime.wire.messages import Directive
 
@@ -43,7 +43,7 @@ def choose(
     directive: Directive,
     plan: Introduction,
     received: Adapter,
-    disk: DeviceState,
+    disk: Memory,
     scores: Callable[[], Mapping[str, Scores]],
 ) -> Choice:
     """The slice that a directive asks this device to train.
@@ -89,7 +89,7 @@ def pruned(directive: Directive, before: Adapter, change: Adapter) -> dict[str, 
     return {PRUNED: pruning.pruned(before, after, directive.training.kept)}
 
 
-def _ranks(name: str, slot: Slot, received: Adapter, disk: DeviceState, least: int) -> dict[str, int]:
+def _ranks(name: str, slot: Slot, received: Adapter, disk: Memory, least: int) -> dict[str, int]:
     if name not in allocation.ALLOCATIONS:
         raise ConfigError(unknown_name("allocation", name, allocation.ALLOCATIONS) + "; update this device")
     if name == allocation.UNIFORM:
@@ -107,7 +107,7 @@ def _by_scores(
     directive: Directive,
     ranks: Mapping[str, int],
     received: Adapter,
-    disk: DeviceState,
+    disk: Memory,
     scores: Callable[[], Mapping[str, Scores]],
 ) -> dict[str, tuple[int, ...]]:
     held = json.dumps([name, directive.run, directive.version, dict(ranks), received.ranks], sort_keys=True)

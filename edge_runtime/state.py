@@ -13,7 +13,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from edge_runtime.database import transaction
 from edge_runtime.errors import ConfigError, DiskFullError
@@ -34,6 +34,24 @@ OF_THE_DEVICE = ("memory_ceiling", "unfinished", "instance")
 
 Statement = tuple[str, tuple[Any, ...]]
 """SQL, and the values of its marks."""
+
+
+class Memory(Protocol):
+    """What a local round reads of what a device remembers, and writes down while it goes on; see `DeviceState`."""
+
+    @property
+    def owed(self) -> bytes | None:
+        """What the updates accepted so far left out."""
+
+    @property
+    def kept(self) -> bytes | None:
+        """What the device keeps for itself."""
+
+    def fact(self, name: str) -> Any:
+        """A small fact, or None."""
+
+    def put_fact(self, name: str, value: Any) -> None:
+        """Remember a JSON-able fact."""
 
 
 class DeviceState:

@@ -73,8 +73,12 @@ class Store:
     Others may read the file meanwhile, as `server.backup` does.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, durable: bool = True) -> None:
         """Open, or create, the store in a folder; one of an older layout is brought to the newest.
+
+        Args:
+            folder: of the store.
+            durable: whether a commit waits for the disk; a simulation, which is run again after a kill, need not.
 
         Raises:
             ConfigError: the folder cannot be written, another process has the store open, or a newer version wrote it.
@@ -85,7 +89,7 @@ class Store:
             self._lock = Lock(folder / LOCK)  # two servers on one store would both open rounds
             with ExitStack() as failing:
                 failing.callback(self._lock.release)
-                self._db = connect(self.path)
+                self._db = connect(self.path, durable=durable)
                 failing.callback(self._db.close)
                 schema.migrate(self._db)
                 failing.pop_all()

@@ -1,0 +1,157 @@
+"""Tasks spread over workers: so many under way at a time, the others in line, and what a dead worker had done anew."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from edge_runtime.errors import EngineError
+from simulation.work import Done, Task
+
+Say = Callable[[str], None]
+
+AHEAD = 2
+"""Tasks under way for each worker: one that it does, and one that is there when it is done."""
+DEATHS = 3
+"""Workers that a task may take with it before it is to blame."""
+
+
+class Engine(Protocol):
+    """Computes tasks."""
+
+    def submit(self, task: Task) -> None:
+        """A task whose outcome will be asked for."""
+
+    def result(self, key: str) -> Done:
+        """The outcome of a task that was submitted; once.
+
+        Raises:
+            EdgeRuntimeError: the task failed.
+            EngineError: workers die of it, or none is left.
+        """
+
+    def forget(self, key: str) -> None:
+        """Its outcome will not be asked for."""
+
+    def close(self) -> None:
+        """End the workers."""
+
+
+class Lost(Exception):  # noqa: N818  no error of the house: it is caught below, and the task done again
+    """A worker died before its task was done."""
+
+
+class Workers(Protocol):
+    """Those that do the work, one kind for each engine. A handle is whatever stands for a task under way."""
+
+    def begin(self, task: Task) -> Any:
+        """Have a task done; its handle.
+
+        Raises:
+            Lost: there is no worker at the moment; `mend` may help.
+        """
+
+    def wait(self, handles: Iterable[Any]) -> Any:
+        """One of them that has ended; waits for it."""
+
+    def fetch(self, handle: Any) -> Done:
+        """What came of it.
+
+        Raises:
+            Lost: its worker died.
+            EdgeRuntimeError: the task failed.
+        """
+
+    def mend(self) -> bool:
+        """After a death, see that there are workers again; whether all that was under way is lost."""
+
+    def close(self) -> None:
+        """End them."""
+
+
+class Spread:
+    """Implements `Engine` by workers.
+
+    Args:
+        workers: those.
+        count: how many.
+        say: told of deaths.
+    """
+
+    def __init__(self, workers: Workers, count: int, say: Say) -> None:
+        self._workers, self._most, self._say = workers, AHEAD * count, say
+        self._line: OrderedDict[str, Task] = OrderedDict()
+        self._under_way: dict[str, tuple[Task, Any]] = {}
+        self._ended: dict[str, Done | Exception] = {}
+        self._deaths: Counter[str] = Counter()
+
+    def submit(self, task: Task) -> None:
+        """Get in line."""
+        self._line[task.key] = task
+        self._fill()
+
+    def result(self, key: str) -> Done:
+        """Wait for it, and let others end meanwhile."""
+        if key in self._line:
+            self._line.move_to_end(key, last=False)
+        while key not in self._ended:
+            self._fill()
+            if not self._under_way:
+                raise EngineError(f"the task {key[:12]} was never submitted; report this as a bug")
+            self._collect(self._workers.wait([handle for _, handle in self._under_way.values()]))
+        found = self._ended.pop(key)
+        self._deaths.pop(key, None)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def forget(self, key: str) -> None:
+        """Out of the line; one that is under way ends, and is dropped."""
+        self._line.pop(key, None)
+        self._ended.pop(key, None)
+
+    def close(self) -> None:
+        """End the workers."""
+        self._workers.close()
+
+    def _fill(self) -> None:
+        while self._line and len(self._under_way) < self._most:
+            key, task = self._line.popitem(last=False)
+            try:
+                self._under_way[key] = task, self._workers.begin(task)
+            except Lost as error:
+                self._line[key] = task
+                self._line.move_to_end(key, last=False)
+                self._died(error, [])
+
+    def _collect(self, handle: Any) -> None:
+        key = next(key for key, (_, found) in self._under_way.items() if found is handle)
+        task = self._under_way.pop(key)[0]
+        try:
+            self._ended[key] = self._workers.fetch(handle)
+        except Lost as error:
+            self._died(error, [task])
+        except Exception as error:  # noqa: BLE001  raised again for whoever asks for this task
+            self._ended[key] = error
+
+    def _died(self, error: Lost, tasks: list[Task]) -> None:
+        if self._workers.mend():
+            tasks = [*tasks, *(task for task, _ in self._under_way.values())]
+            self._under_way.clear()
+        names = ", ".join(sorted(task.name for task in tasks)[:8])
+        self._say(f"a worker died ({error}); the rounds of {names or 'nobody'} are computed again")
+        self._deaths.update(task.key for task in tasks)
+        if any(self._deaths[task.key] >= DEATHS for task in tasks) or (not tasks and not self._mended()):
+            raise EngineError(
+                f"{DEATHS} workers died while they computed rounds of {names} ({error}); give them more memory, or "
+                "fewer workers at a time"
+            )
+        for task in reversed(tasks):
+            self._line[task.key] = task
+            self._line.move_to_end(task.key, last=False)
+
+    def _mended(self) -> bool:
+        """Whether beginning may be tried once more."""
+        self._deaths["to begin"] += 1
+        return self._deaths["to begin"] < DEATHS

@@ -1,0 +1,55 @@
+"""What a simulation writes down: events as they happen, one JSON object on a line, each with its virtual time `t` (s).
+
+    {"t", "event": "fleet", "seed", "base", "devices", "rounds", "method", "floor"}           first of all
+    {"t", "event": "device", "device", "group", "rank", "held", "layers", "precision", "plan", "examples", "data"}
+                                                      when it has planned; `data` are its examples of each class
+    {"t", "event": "directive", "phase", "round", "version"}
+    {"t", "event": "span", "device", "kind", "from", "to", "round"}                             when the span ends
+                                                      kind: computing, paused, sending, receiving, away
+    {"t", "event": "update", "device", "round", "version", "held_out", "loss_first", "loss_last", "slowdown"}
+    {"t", "event": "personal", "device", "held_out", "personal"}
+    {"t", "event": "crash", "device"}, {"t", "event": "dropout", "device", "to"}, {"t", "event": "server crash"}
+    {"t", "event": "server", "what", …}               what the server records ("update", "merge" …), but no reports
+    {"t", "event": "version", …}                      a row of rounds.csv
+    {"t", "event": "end", "finished", "why"}          last of all
+
+Keys are sorted and numbers are written as Python writes them: the same seed gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FILE = "events.jsonl"
+BUFFERED = 1 << 20
+
+
+class Log:
+    """The event log of one run.
+
+    Args:
+        path: the file; None writes nothing.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = path.open("w", encoding="utf-8", buffering=BUFFERED) if path else None
+
+    def write(self, at: float, event: str, **facts: Any) -> None:
+        """Write an event down."""
+        if self._file is not None:
+            self._file.write(json.dumps({"t": at, "event": event, **facts}, sort_keys=True) + "\n")
+
+    def server(self, at: float, event: Mapping[str, Any]) -> None:
+        """Write down what the server records."""
+        if self._file is not None and event["event"] != "report":
+            # Its own number of the event, and its seconds of real work, are no part of what happened.
+            facts = {key: value for key, value in event.items() if key not in {"event", "n", "seconds", "layers"}}
+            self.write(at, "server", what=event["event"], **facts)
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._file is not None:
+            self._file.close()
