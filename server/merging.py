@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from threadpoolctl import threadpool_limits
-
 from edge_runtime.config import Config
 from edge_runtime.errors import AggregationError, WireError
 from edge_runtime.lora.adapter import Adapter
@@ -25,6 +23,7 @@ from server.aggregators.method import Aggregator, Merged, Update, in_memory, loa
 from server.downlink import Downlink
 from server.fitting import check, factors_of, unfit
 from server.fleet import unbearable
+from server.one_thread import one_thread
 from server.scratch import Scratch
 from server.slices import update_of
 from server.store import Store, StoredVersion
@@ -95,7 +94,7 @@ class Merging:
             # Devices that share their ranks out, or prune them, train what they say at most.
             uniform = self._config.adapter.allocation == "uniform" and not self._method.training
             assigned.check(offer, found.trained.sizes, plans, uniform=uniform)
-            with threadpool_limits(1):
+            with one_thread():
                 norm = screening.moved(found.received, found.trained)
         except (WireError, AggregationError) as error:
             return outcome.corrupt(offer, error)

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from threadpoolctl import threadpool_limits
-
 from edge_runtime.config import Rounds
 from edge_runtime.errors import AggregationError, ConfigError
 from edge_runtime.wire.messages import Offer, Rejected
 from server import state as rounds
 from server.aggregators.method import Aggregator, Merged, State, Update
 from server.choosing import first_needed
+from server.one_thread import one_thread
 
 
 def attempt(method: Aggregator, state: State, updates: Iterable[Update]) -> Merged | AggregationError:
     """The merge, or why the method refuses these updates: the round then closes with the version it began with."""
     try:
         # The products are thin: BLAS threads gain nothing, and on busy cores they wait for each other (decision 0004).
-        with threadpool_limits(1):
+        with one_thread():
             return method.combine(state, updates)
     except AggregationError as error:
         return error

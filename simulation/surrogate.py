@@ -12,7 +12,8 @@ gradients are noisy as those of examples are; `noise` adds more. There is no tor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -72,7 +73,8 @@ class Problem:
 
     def mean(self, shares: Wide) -> Wide:
         """(layers, width, width): the target of that mixture of classes."""
-        return np.asarray(np.tensordot(shares, self.targets, axes=1), np.float64)
+        flat = self.targets.reshape(self.classes, -1)
+        return np.asarray((shares @ flat).reshape(self.targets.shape[1:]), np.float64)
 
     def loss(self, whole: Wide, shares: Wide) -> float:
         """Of the change (layers, width, width) on a mixture of classes."""
@@ -170,54 +172,43 @@ class SurrogateTrainer:
             KeyboardInterrupt: the gate said stop.
         """
         problem, draw = self._problem, named(self._problem.seed, "training", self._name, round_number, training.seed)
-        before = dict(self._trained)
-        frozen = self._whole() - self._slice()
-        rate = training.learning_rate * self._reach(training)
-        moments = {name: _Moments(pair) for name, pair in before.items()}
-        first = last = self.evaluate()
+        before, first = dict(self._trained), self.evaluate()
+        frozen, stacks = self._whole() - problem.dense(Adapter(before)), self._stacks()
+        rate, last = training.learning_rate * self._reach(training), first
         for step in range(training.max_steps):
             if gate():
                 raise KeyboardInterrupt
-            shares = draw.multinomial(training.batch_size, self._shares) / training.batch_size
-            missing = frozen + self._slice() - problem.mean(shares)
-            noise = problem.settings.noise * draw.standard_normal(missing.shape) / problem.settings.width
-            missing += noise * np.linalg.norm(missing, axis=(1, 2), keepdims=True)
+            missing = frozen - problem.mean(draw.multinomial(training.batch_size, self._shares) / training.batch_size)
+            for stack in stacks:
+                missing[stack.layers] += stack.product()
+            last = float((missing**2).sum() / len(missing) / 2)
+            if not np.isfinite(last):
+                raise RoundError(f"'{self._name}': the loss of step {step + 1} is {last}; lower the learning rate")
+            if problem.settings.noise:
+                size = np.sqrt((missing**2).sum(axis=(1, 2), keepdims=True)) / problem.settings.width
+                missing += problem.settings.noise * size * draw.standard_normal(missing.shape)
             share = rate_at(
                 step, steps=training.max_steps, warmup_steps=training.warmup_steps, schedule=training.schedule
             )
-            self._step(missing, moments, training, rate * share, step + 1)
-            last = float((missing**2).sum(axis=(1, 2)).mean() / 2)
-            if not np.isfinite(last):
-                raise RoundError(f"'{self._name}': the loss of step {step + 1} is {last}; lower the learning rate")
+            _descend(stacks, missing, training, rate * share, step + 1)
             on_step(StepReport(step + 1, training.max_steps, last))
+        for stack in stacks:
+            self._trained.update({problem.names[at]: pair for at, pair in stack.pairs()})
         moved = Adapter({name: change(self._trained[name], pair) for name, pair in before.items()})
-        return LocalResult(moved, self._plan.examples, first, self.evaluate() if training.max_steps else last)
+        return LocalResult(moved, self._plan.examples, first, last)
+
+    def _stacks(self) -> list[_Stack]:
+        """The trained slice, the layers of one rank together: a small layer alone costs as much as all of them."""
+        ranks: dict[int, list[int]] = {}
+        for at, name in enumerate(self._problem.names):
+            if name in self._trained:
+                ranks.setdefault(self._trained[name].rank, []).append(at)
+        return [_Stack(layers, [self._trained[self._problem.names[at]] for at in layers]) for layers in ranks.values()]
 
     def _reach(self, training: Training) -> float:
         """How much larger the rate of a device of few directions is; see `edge_runtime.train.tasks.rate_of`."""
         rank = max(self._plan.slot.trained.values(), default=self._spec.max_rank)
         return float(max(1.0, self._spec.max_rank / rank) ** training.rate_exponent)
-
-    def _step(
-        self, missing: Wide, moments: Mapping[str, _Moments], training: Training, rate: float, number: int
-    ) -> None:
-        gradients: dict[str, tuple[Wide, Wide]] = {}
-        for index, name in enumerate(self._problem.names):
-            if name in self._trained:
-                a, b = self._trained[name].a.astype(np.float64), self._trained[name].b.astype(np.float64)
-                gradients[name] = (
-                    ("a" in training.factors) * (b.T @ missing[index]),
-                    ("b" in training.factors) * (missing[index] @ a.T),
-                )
-        size = float(np.sqrt(sum(float((g**2).sum()) for both in gradients.values() for g in both)))
-        clip = min(1.0, training.max_grad_norm / (size + 1e-6))
-        decay = 1.0 - rate * training.weight_decay
-        for name, (down_a, down_b) in gradients.items():
-            step_a, step_b = moments[name].step(clip * down_a, clip * down_b, number)
-            pair = self._trained[name]
-            a = pair.a * (decay if "a" in training.factors else 1.0) - rate * step_a
-            b = pair.b * (decay if "b" in training.factors else 1.0) - rate * training.lora_plus_ratio * step_b
-            self._trained[name] = Pair(a.astype(np.float32), b.astype(np.float32))
 
     def _whole(self) -> Wide:
         """What the live model adds to its base, trained slice and frozen rest together."""
@@ -229,24 +220,62 @@ class SurrogateTrainer:
             found[name] = Pair(a, b)
         return self._problem.dense(Adapter(found))
 
-    def _slice(self) -> Wide:
-        return self._problem.dense(Adapter(self._trained))
 
+class _Stack:
+    """The trained slices of layers that have the same rank r, and Adam's moments of them.
 
-class _Moments:
-    """Adam's, of one pair."""
+    Args:
+        layers: their numbers, n of them.
+        pairs: what begins there.
+    """
 
-    def __init__(self, pair: Pair) -> None:
-        self._first = np.zeros(pair.a.shape), np.zeros(pair.b.shape)
-        self._second = np.zeros(pair.a.shape), np.zeros(pair.b.shape)
+    def __init__(self, layers: Sequence[int], pairs: Sequence[Pair]) -> None:
+        self.layers = list(layers)
+        # Of shape (n, r, width), and (n, width, r).
+        self.factors = [
+            np.stack([p.a for p in pairs]).astype(np.float64),
+            np.stack([p.b for p in pairs]).astype(np.float64),
+        ]
+        self._first = [np.zeros_like(factor) for factor in self.factors]
+        self._second = [np.zeros_like(factor) for factor in self.factors]
 
-    def step(self, down_a: Wide, down_b: Wide, number: int) -> tuple[Wide, Wide]:
-        """Which way each factor goes, for a rate of 1; `number` counts steps from 1."""
-        steps = []
-        for index, gradient in enumerate((down_a, down_b)):
-            first, second = self._first[index], self._second[index]
+    def product(self) -> Wide:
+        """(n, width, width)."""
+        return np.asarray(self.factors[1] @ self.factors[0], np.float64)
+
+    def gradients(self, missing: Wide, factors: str) -> list[Wide]:
+        """Of both factors, zero for one that is not trained; `missing` is that of all layers."""
+        a, b = self.factors
+        here = missing[self.layers]
+        down_a = b.transpose(0, 2, 1) @ here if "a" in factors else np.zeros_like(a)
+        down_b = here @ a.transpose(0, 2, 1) if "b" in factors else np.zeros_like(b)
+        return [down_a, down_b]
+
+    def step(self, gradients: Sequence[Wide], rates: Sequence[float], decay: float, number: int) -> None:
+        """One of AdamW; `number` counts from 1."""
+        for index, (gradient, rate) in enumerate(zip(gradients, rates, strict=True)):
+            first, second, factor = self._first[index], self._second[index], self.factors[index]
             first += (1 - BETAS[0]) * (gradient - first)
-            second += (1 - BETAS[1]) * (gradient**2 - second)
+            second += (1 - BETAS[1]) * (gradient * gradient - second)
+            factor *= 1.0 - rate * decay
             even = np.sqrt(second / (1 - BETAS[1] ** number)) + TINY
-            steps.append(first / (1 - BETAS[0] ** number) / even)
-        return steps[0], steps[1]
+            factor -= (rate / (1 - BETAS[0] ** number)) * (first / even)
+
+    def pairs(self) -> Iterator[tuple[int, Pair]]:
+        """Number of the layer, and its slice."""
+        a, b = (factor.astype(np.float32) for factor in self.factors)
+        for index, layer in enumerate(self.layers):
+            yield layer, Pair(a[index], b[index])
+
+
+def _descend(stacks: Sequence[_Stack], missing: Wide, training: Training, rate: float, number: int) -> None:
+    """A step of all of them, their gradients clipped together."""
+    gradients = [stack.gradients(missing, training.factors) for stack in stacks]
+    size = math.sqrt(sum(float((gradient * gradient).sum()) for both in gradients for gradient in both))
+    clip = min(1.0, training.max_grad_norm / (size + TINY))
+    rates = [
+        rate * ("a" in training.factors),
+        rate * training.lora_plus_ratio * ("b" in training.factors),
+    ]
+    for stack, both in zip(stacks, gradients, strict=True):
+        stack.step([clip * gradient for gradient in both], rates, training.weight_decay, number)

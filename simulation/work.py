@@ -14,14 +14,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
-from threadpoolctl import threadpool_limits
-
 from edge_runtime import local_round
 from edge_runtime.lora.adapter import Adapter
 from edge_runtime.trainer import Introduction, Trainer
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import Directive
 from profiles.plan import Plan
+from server.one_thread import one_thread
 from simulation.settings import Simulation
 from simulation.surrogate import Problem, SurrogateTrainer
 
@@ -180,7 +179,7 @@ class Bench:
             EdgeRuntimeError: training failed.
         """
         # As many threads as elsewhere, or sums would be taken in another order.
-        with threadpool_limits(1):
+        with one_thread():
             return self._done(task)
 
     def _done(self, task: Task) -> Done:

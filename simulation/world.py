@@ -162,7 +162,7 @@ class World:
             while not self._over:
                 self._step()
                 if self._clock.happened % 64 == 0 and stop():
-                    raise KeyboardInterrupt  # noqa: TRY301  as Ctrl-C does
+                    raise KeyboardInterrupt
                 if progress is not None and seen != len(self._versions):
                     seen = len(self._versions)
                     progress(seen, rounds)

@@ -25,7 +25,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("edge_runtime", "server", "profiles", "export")
+PACKAGES = ("edge_runtime", "server", "profiles", "export", "simulation")
 MODULES = sorted(path for folder in (*PACKAGES, "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py"))
 TORCH = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
 PROBE = """

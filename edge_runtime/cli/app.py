@@ -200,6 +200,24 @@ def provision(
 
 
 @app.command()
+def simulate(
+    file: Annotated[Path, typer.Argument(metavar="FLEET_TOML", help="The fleet's TOML file, with [simulation].")],
+    sweep: Annotated[
+        list[str] | None, typer.Option(help="section.key=a,b,c: a run for each; repeatable, all combinations.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for events, tables and what was computed.")] = Path(
+        "edge-simulation"
+    ),
+    overrides: Overrides = None,
+    json: Json = False,
+) -> int:
+    """A fleet of unlike devices in virtual time; Ctrl-C and go on later."""
+    from edge_runtime.cli import simulate as verb
+
+    return verb.run(file, sweep or [], out, overrides or [], json=json)
+
+
+@app.command()
 def export(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     store: Annotated[Path | None, typer.Option(help="A server's store: export a global adapter.")] = None,

@@ -1,0 +1,139 @@
+"""How large a fleet can be simulated? 10,000 devices on the surrogate, and what each participant and each device costs.
+
+    python -m benchmarks.simulation [--quick]
+
+Each run is a process of its own: the agent, rounds, store and aggregators of a real fleet, 5 % of the devices in each
+round, by the engine `processes`. The first is measured whole, from its file to its tables. Two more, of few rounds, ask
+as many devices of a fleet that is ten times as large, and ten times as many of a fleet of that size: the seconds of a
+round should follow those that take part, and not the fleet. What only happens once, every device's hello, is no part of
+these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.resident import peak_bytes
+from benchmarks.result import Goal, result
+from simulation import settings, tables
+from simulation.world import World
+
+GOALS: Mapping[str, Goal] = {
+    "surrogate_seconds": ("<=", 300.0),
+    "surrogate_peak_mb": ("<=", 2000.0),
+    "fleet_exponent": ("<=", 0.5),
+    "participants_exponent": ("<=", 1.15),
+}
+KINDS = ("raspberry-pi-5", "jetson-orin-nano", "laptop-x86-16gb", "jetson-nano", "desktop-gpu")
+
+
+def fleet(devices: int, rounds: int, fraction: float, engine: str) -> str:
+    """The file of a fleet."""
+    head = [
+        "[rounds]", f"num_rounds = {rounds}", f"min_available_nodes = {devices}", f"fraction_train = {fraction}",
+        "[simulation]", f'engine = "{engine}"', "examples = 50",
+    ]  # fmt: skip
+    for kind in KINDS:
+        head += ["[[simulation.devices]]", f'device = "{kind}"', f"count = {devices // len(KINDS)}"]
+        head += ["straggler_sigma = 0.3"]
+    return "\n".join(head) + "\n"
+
+
+def measure(devices: int, rounds: int, fraction: float, engine: str) -> dict[str, Any]:
+    """One run: seconds of all of it, seconds of a round, and the peak of this process and its largest worker."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fleet.toml"
+        path.write_text(fleet(devices, rounds, fraction, engine), encoding="utf-8")
+        began = time.monotonic()
+        world = World(*settings.load(path), Path(folder) / "out", say=lambda text: print(text, file=sys.stderr))
+        merged: list[float] = []
+        outcome = world.run(progress=lambda done, _of: merged.append(time.monotonic()) if done else None)
+        tables.write(Path(folder), "rounds", outcome.versions)
+        tables.write(Path(folder), "devices", outcome.devices)
+        seconds = time.monotonic() - began
+    first, last = outcome.versions[0], outcome.versions[-1]
+    return {
+        "seconds": seconds,
+        # Between two merges lies exactly one round; before the first also the hellos of all.
+        "round_seconds": (merged[-1] - merged[0]) / (len(merged) - 1),
+        "peak_mb": peak_bytes() / 1e6,
+        "client_rounds": sum(row.updates for row in outcome.versions),
+        "loss_first": first.loss,
+        "loss_last": last.loss,
+        "floor": last.floor,
+        "virtual_hours": outcome.seconds / 3600,
+        "finished": outcome.finished,
+    }
+
+
+def alone(devices: int, rounds: int, fraction: float, engine: str = "processes") -> dict[str, Any]:
+    """The same in a process of its own."""
+    told = [str(value) for value in (devices, rounds, fraction, engine)]
+    command = [sys.executable, "-m", "benchmarks.simulation", "--one", *told]
+    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    measured: dict[str, Any] = json.loads(found)
+    return measured
+
+
+def exponent(small: float, large: float, times: float) -> float:
+    """How a cost grows when something becomes so many times as much: 0 not at all, 1 in proportion."""
+    from math import log  # noqa: PLC0415  the only use
+
+    return log(max(large, 1e-9) / max(small, 1e-9)) / log(times)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure one run after the other."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a fleet of 500, and 5 rounds")
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    if chosen.one:
+        devices, rounds, fraction, engine = chosen.one
+        print(json.dumps(measure(int(devices), int(rounds), float(fraction), engine)))
+        return 0
+    times = 10
+    small, rounds = (50, 5) if chosen.quick else (1000, 50)
+    shares = {
+        "goal": (times * small, rounds, 0.05),
+        "few of few": (small, 4, 0.1),
+        "as few of many": (times * small, 4, 0.1 / times),
+        "many of many": (times * small, 4, 0.1),
+    }
+    found = {what: alone(*share) for what, share in shares.items()}
+    table = Table("devices", "in a round", "rounds", "seconds", "seconds of a round", "peak, MB", "loss (floor)")
+    for what, (devices, count, fraction) in shares.items():
+        one = found[what]
+        table.add_row(
+            f"{devices:,}", f"{round(devices * fraction):,}", str(count), f"{one['seconds']:.1f}",
+            f"{one['round_seconds']:.2f}", f"{one['peak_mb']:.0f}", f"{one['loss_last']:.3f} ({one['floor']:.3f})",
+        )  # fmt: skip
+    Console().print(table)
+    goal = found["goal"]
+    few, same, many = (found[what]["round_seconds"] for what in ("few of few", "as few of many", "many of many"))
+    figures = {
+        "surrogate_seconds": goal["seconds"],
+        "surrogate_peak_mb": goal["peak_mb"],
+        "devices": times * small,
+        "client_rounds": goal["client_rounds"],
+        "client_rounds_a_second": goal["client_rounds"] / goal["seconds"],
+        "fleet_exponent": exponent(few, same, times),
+        "participants_exponent": exponent(same, many, times),
+        "virtual_hours": goal["virtual_hours"],
+    }
+    return 0 if result("simulation", figures, GOALS) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
