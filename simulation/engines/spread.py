@@ -85,6 +85,7 @@ class Spread:
         self._under_way: dict[str, tuple[Task, Any]] = {}
         self._ended: dict[str, Done | Exception] = {}
         self._deaths: Counter[str] = Counter()
+        self._suspects: set[str] = set()
 
     def submit(self, task: Task) -> None:
         """Get in line."""
@@ -110,13 +111,15 @@ class Spread:
         """Out of the line; one that is under way ends, and is dropped."""
         self._line.pop(key, None)
         self._ended.pop(key, None)
+        self._suspects.discard(key)
 
     def close(self) -> None:
         """End the workers."""
         self._workers.close()
 
     def _fill(self) -> None:
-        while self._line and len(self._under_way) < self._most:
+        # Of several that went down together one is to blame: those are done one at a time now, to see which.
+        while self._line and len(self._under_way) < (1 if self._suspects else self._most):
             key, task = self._line.popitem(last=False)
             try:
                 self._under_way[key] = task, self._workers.begin(task)
@@ -130,10 +133,12 @@ class Spread:
         task = self._under_way.pop(key)[0]
         try:
             self._ended[key] = self._workers.fetch(handle)
+            self._suspects.discard(key)
         except Lost as error:
             self._died(error, [task])
         except Exception as error:  # noqa: BLE001  raised again for whoever asks for this task
             self._ended[key] = error
+            self._suspects.discard(key)
 
     def _died(self, error: Lost, tasks: list[Task]) -> None:
         if self._workers.mend():
@@ -141,7 +146,10 @@ class Spread:
             self._under_way.clear()
         names = ", ".join(sorted(task.name for task in tasks)[:8])
         self._say(f"a worker died ({error}); the rounds of {names or 'nobody'} are computed again")
-        self._deaths.update(task.key for task in tasks)
+        if len(tasks) > 1:
+            self._suspects.update(task.key for task in tasks)
+        else:
+            self._deaths.update(task.key for task in tasks)
         if any(self._deaths[task.key] >= DEATHS for task in tasks) or (not tasks and not self._mended()):
             raise EngineError(
                 f"{DEATHS} workers died while they computed rounds of {names} ({error}); give them more memory, or "
