@@ -144,6 +144,10 @@ class Simulation(Section):
     surrogate: Surrogate = Surrogate()
     sites: Mapping[str, Site] = {}
     devices: Annotated[tuple[Devices, ...], Field(min_length=1)]
+    precision: Literal["nf4", "int8", "bf16", "fp16", "fp32"] | None = None
+    """Real trainer: of the base for all devices; that of each device's plan when absent."""
+    threads: Positive = 1
+    """Real trainer: of torch, in each process."""
     finish: bool = False
     """Whether devices make their personal adapters at the end, as real ones do, or the last version is the end."""
     max_hours: PositiveNumber = 24.0 * 365

@@ -135,7 +135,7 @@ class Recipe:
     @property
     def digest(self) -> str:
         """SHA-256 of what outcomes depend on beside their task."""
-        kept = {"seed", "trainer", "base", "data", "class_field", "classes", "surrogate"}
+        kept = {"seed", "trainer", "base", "data", "class_field", "classes", "surrogate", "precision", "threads"}
         texts = [self.simulation.model_dump_json(include=kept), f"{self.eval_fraction} {self.eval_examples}"]
         total = hashlib.sha256("\n".join(texts).encode())
         for path in self.simulation.data:

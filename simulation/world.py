@@ -103,7 +103,11 @@ class World:
         self._asked: tuple[object, list[Device]] = (None, [])
         self._still = 0
         folder.mkdir(parents=True, exist_ok=True)
-        self._open(folder, planning)
+        try:
+            self._open(folder, planning)
+        except BaseException:
+            self._closing.close()
+            raise
 
     def _open(self, folder: Path, planning: Planning) -> None:
         config, simulation, clock = self._config, self._simulation, self._clock

@@ -1,0 +1,87 @@
+"""The examples of a simulated fleet with real training: read from files, and dealt to devices by class."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from edge_runtime.config import Config
+from edge_runtime.errors import DataError
+from edge_runtime.train import data, rows
+from edge_runtime.train.rows import Example
+from simulation import partition
+from simulation.settings import Simulation, name_of
+
+LEAST = 2
+"""Examples of a device: one to train on, and one to hold out."""
+
+
+def load(simulation: Simulation) -> tuple[list[Example], list[str]]:
+    """All examples, and the class of each: what its row says, or the name of its file.
+
+    Raises:
+        DataError: a file that cannot be read, or a row that is no example; names file and row.
+    """
+    examples: list[Example] = []
+    classes: list[str] = []
+    for path in simulation.data:
+        found = _rows(path)
+        examples += rows.from_rows(found, name=str(path))
+        classes += [str(row.get(simulation.class_field, path.stem)) for row in found]
+    return examples, classes
+
+
+def _rows(path: Path) -> list[dict[str, object]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"a file of examples was expected at {path}; found: {error}") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}:{number}: expected one JSON object per line, found: {error}") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{number}: expected a JSON object; found {rows.short(row)}")
+            found.append(row)
+    return found
+
+
+def dealt(
+    config: Config, simulation: Simulation, sizes: Sequence[int]
+) -> tuple[list[tuple[tuple[int, ...], int]], Sequence[float]]:
+    """Of each device, the numbers of its examples and how many it trains on; and the shares of the classes.
+
+    Args:
+        config: the fleet's file: says what is held out.
+        simulation: its [simulation].
+        sizes: examples of each device; fewer in proportion where there are not as many in all.
+
+    Raises:
+        DataError: a device is left without examples; names it.
+    """
+    examples, classes = load(simulation)
+    names = sorted(set(classes))
+    members = [[number for number, found in enumerate(classes) if found == name] for name in names]
+    whole = np.asarray(sizes, np.int64)
+    if whole.sum() > len(examples):
+        whole = partition.apportioned((whole / whole.sum())[None, :], np.asarray([len(examples)], np.int64))[0]
+    counts = partition.counts(simulation.partition, [max(1, int(size)) for size in whole], len(names), simulation.seed)
+    numbers = partition.dealt(counts, members, simulation.seed)
+    devices = [f"{name_of(group)}-{index}" for group in simulation.devices for index in range(group.count)]
+    found = []
+    for device, mine in zip(devices, numbers, strict=True):
+        own = [examples[number] for number in mine]
+        if len({example.digest() for example in own}) < LEAST:
+            raise DataError(
+                f"'{device}' has {len(mine)} of the {len(examples)} examples, and at least {LEAST} that differ are "
+                "needed; give more data, fewer devices, or another [simulation.partition]"
+            )
+        found.append((mine, len(data.split(own, fraction=config.device.eval_fraction)[0])))
+    shares = [len(numbers) / len(examples) for numbers in members]
+    return found, shares

@@ -1,0 +1,107 @@
+"""Simulated devices that really train, in one model of a process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from edge_runtime.errors import ConfigError, DataError
+from tests.simulation.fleets import events, run
+
+pytest.importorskip("torch")
+
+pytestmark = pytest.mark.torch
+
+WORDS = ("red", "green", "blue", "black")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "colours.jsonl"
+    rows = [{"text": f"number {number}", "label": WORDS[number % 4]} for number in range(80)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def settings(base: Path, data: Path) -> list[str]:
+    return [
+        "simulation.trainer=real", f"simulation.base={base}", f'simulation.data=["{data}"]',
+        "simulation.precision=fp32",
+        'adapter.target_modules=["q_proj","v_proj"]', "adapter.max_length=24", "training.max_steps=3",
+        "training.learning_rate=2e-2", "training.batch_size=2", "device.eval_fraction=0.25", "device.eval_examples=2",
+    ]  # fmt: skip
+
+
+def test_a_fleet_really_learns_and_devices_of_other_ranks_share_its_model(
+    tmp_path: Path, tiny_base: Path, data: Path
+) -> None:
+    devices = '[{device = "raspberry-pi-5", count = 2, name = "pi"}, {device = "jetson-orin-nano", name = "orin"}]'
+    found = run(tmp_path, *settings(tiny_base, data), "rounds.num_rounds=4", "simulation.finish=true", devices=devices)
+    assert found.finished, found.why
+    losses = [row.held_out for row in found.versions]
+    assert losses[-1] is not None
+    assert losses[0] is not None
+    assert losses[-1] < losses[0]
+    assert all(row.loss is None for row in found.versions)
+    assert all(row.personal is not None for row in found.devices)
+
+
+@pytest.mark.slow
+def test_processes_train_to_the_same_bytes(tmp_path: Path, tiny_base: Path, data: Path) -> None:
+    found = [
+        run(tmp_path / engine, *settings(tiny_base, data), f"simulation.engine={engine}", "simulation.workers=2")
+        for engine in ("inline", "processes")
+    ]
+    assert found[0].adapter == found[1].adapter
+    assert events(tmp_path / "inline") == events(tmp_path / "processes")
+
+
+def test_what_a_round_leaves_in_the_model_is_not_seen_by_the_next_device(
+    tmp_path: Path, tiny_base: Path, data: Path
+) -> None:
+    """The update of a device is the same, whoever trained before it."""
+    devices = '[{device = "raspberry-pi-5", count = 3, name = "pi"}]'
+    chosen = (*settings(tiny_base, data), "rounds.num_rounds=1")
+    run(tmp_path / "all", *chosen, devices=devices)
+    slow = devices.replace('name = "pi"', 'name = "pi", straggler_sigma = 2.0')
+    run(tmp_path / "order", *chosen, devices=slow)
+
+    def losses(name: str) -> dict[str, tuple[float, float]]:
+        lines = [json.loads(line) for line in events(tmp_path / name).splitlines()]
+        updates = [line for line in lines if line["event"] == "update"]
+        return {line["device"]: (line["held_out"], line["loss_last"]) for line in updates}
+
+    assert list(losses("all")) != list(losses("order")), "they trained in another order"
+    assert losses("all") == losses("order")
+
+
+def test_a_device_without_examples_is_named(tmp_path: Path, tiny_base: Path, data: Path) -> None:
+    with pytest.raises(DataError, match=r"'pi-\d+' has \d of the 80 examples"):
+        run(tmp_path, *settings(tiny_base, data), devices='[{device = "raspberry-pi-5", count = 79, name = "pi"}]')
+
+
+def test_what_outlives_a_round_is_refused(tmp_path: Path, tiny_base: Path, data: Path) -> None:
+    with pytest.raises(ConfigError, match="carries nothing from round to round"):
+        run(tmp_path, *settings(tiny_base, data), "training.correction=1.0")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("nonsense", "one JSON object"), ("[1]", "JSON object"), ("", "at least one row")]
+)
+def test_data_that_cannot_be_read_are_named(tmp_path: Path, tiny_base: Path, text: str, said: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError, match=rf"bad\.jsonl.*{said}"):
+        run(tmp_path / "out", *settings(tiny_base, path))
+
+
+def test_the_surrogate_loads_no_torch() -> None:
+    from tests.test_house import TORCH, loaded_by  # noqa: PLC0415  the house's own probe
+
+    code = (
+        "from pathlib import Path; import tempfile; from tests.simulation.fleets import run\n"
+        "assert run(Path(tempfile.mkdtemp())).finished"
+    )
+    assert not loaded_by(code) & TORCH
