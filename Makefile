@@ -25,7 +25,7 @@ BIN := $(VENV)/bin
 # Without the marks of what takes longer, or wants weights, several processes or a GPU.
 FAST := not slow and not gpu and not story and not model
 TORCH_FREE := not slow and not gpu and not story and not model and not torch and not broker
-TORCH_FREE_TESTS := tests/test_house.py tests/lora tests/wire tests/server tests/profiles tests/runtime
+TORCH_FREE_TESTS := tests/test_house.py tests/lora tests/wire tests/server tests/profiles tests/runtime tests/simulation
 
 # The models of the tests are tiny: a second thread gains nothing, and on busy cores the threads wait for each other
 # (measured on two busy cores: tests/train/test_loop.py in 165 s with two threads, in 18 s with one).

@@ -1,8 +1,8 @@
 """Real training for simulated devices: one base model in a process, in which only adapters change.
 
 Every device's round begins from what it received, as in `edge_runtime.train.local`, and its plan is that of the device
-that is simulated. A base is loaded once for each precision that the plans ask for, or at one for all. The adapter in it gives
-way to another one when a device of another rank trains: 64 devices take the memory of one.
+that is simulated. A base is loaded once for each precision that the plans ask for, or at one for all. Its adapter makes
+room for another one when a device of another rank trains: 64 devices take the memory of one.
 
 Nothing of a device outlives its round, so what devices carry from round to round beside their adapter (moments of the
 optimiser, a drift to correct) is not simulated, and refused.

@@ -131,8 +131,8 @@ class Simulation(Section):
     """Rounds computed at a time, where the engine is not inline; as many as there are cores when absent."""
     ray_address: str | None = None
     """Of a Ray cluster, HOST:PORT or ray://HOST:PORT; one of this machine alone when absent."""
-    base: str = "smollm2"
-    """The base model that plans, times and bytes are those of."""
+    base: str = "SmolLM2-135M"
+    """The base model that plans, times and bytes are those of, as `--base` names it. Only real training needs its files."""
     data: tuple[Path, ...] = ()
     """Real trainer: JSONL files of examples, whose field `class_field` tells their class."""
     class_field: str = "label"

@@ -84,7 +84,7 @@ def test_a_simulated_device_makes_the_plan_that_the_device_would_make(tmp_path: 
     devices = '[{device = "jetson-nano", name = "nano"}, {device = "raspberry-pi-4", memory_limit = 700000000}]'
     run(tmp_path, devices=devices, least=2)
     config = fleets.load(None, [text for text in asked(devices=devices, least=2) if "simulation" not in text])
-    method, card = aggregators.build("increment"), find_card("smollm2")
+    method, card = aggregators.build("increment"), find_card("SmolLM2-135M")
     spec, training = spec_of(config, method, rank_of(config, method)), people.training_of(config)
     expected = choose(catalogue.device("jetson-nano"), card, spec, training, Owner(), None)
     limited = choose(catalogue.device("raspberry-pi-4"), card, spec, training, Owner(), 700_000_000)
