@@ -88,8 +88,8 @@ test-transformers5: $(READY_OVERLAY) ## the torch tests against transformers 5, 
 	    sys.exit(0 if found.__version__.startswith("5.") else "expected transformers 5 from $(OVERLAY); run: make clean")'
 	PYTHONPATH=$(OVERLAY) $(PYTEST) -m "not slow and not gpu" tests/train tests/export
 
-test-ray: $(READY_RAY) ## merges on a Ray cluster of this machine, Ray laid over .venv
-	PYTHONPATH=$(OVERLAY_RAY) $(PYTEST) -k "ray" tests/server/test_engines.py
+test-ray: $(READY_RAY) ## merges and simulations on a Ray cluster of this machine, Ray laid over .venv
+	PYTHONPATH=$(OVERLAY_RAY) $(PYTEST) -k "ray or cluster" tests/server/test_engines.py tests/simulation/test_engines.py
 
 clean: ## remove the environments, the overlay and every cache
 	rm -rf .venv .venv-* .overlay* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -51,11 +51,9 @@ class Clock:
         """The time, in seconds."""
         return self._now
 
-    @property
-    def empty(self) -> bool:
-        """Whether nothing will ever happen again."""
-        self._drop_cancelled()
-        return not self._heap
+    def pending(self, *but: Event | None) -> bool:
+        """Whether anything will happen, apart from these."""
+        return any(not event.cancelled and event not in but for _, _, event in self._heap)
 
     def after(self, seconds: float, happen: Happening) -> Event:
         """Let something happen in so many seconds.

@@ -263,8 +263,9 @@ class Device:
     def _begin_work(self, directive: Directive, planned: Planned, *, personal: bool) -> None:
         disk, bands = self.disk, local_round.bands_of(directive, planned.intro)
         task = Task(
-            self.name, directive, planned.intro, planned.plan, tuple(disk.bands[band.blob.sha256] for band in bands),
-            self.person.data, disk.owed, disk.kept, dict(disk.facts), personal,
+            self.name, directive, planned.intro, planned.plan, planned.key,
+            tuple(disk.bands[band.blob.sha256] for band in bands), self.person.data,
+            disk.owed, disk.kept, dict(disk.facts), personal,
         )  # fmt: skip
         self._around.engine.submit(task)
         already = disk.progress[1] if disk.progress[0] == task.key else 0.0

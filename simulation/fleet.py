@@ -8,6 +8,7 @@ surrogate is trained in its place.
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, replace
 
 from edge_runtime.config import Config
@@ -65,7 +66,8 @@ class Planned:
     """What a group's devices do in the rounds of a fleet.
 
     Attributes:
-        plan: the planner's.
+        plan: the planner's, without its reasons.
+        key: a digest of the plan and of what it holds and trains.
         intro: how such a device introduces itself, but for its examples.
         step_seconds: of one optimiser step.
         evaluate_seconds: of an evaluation on what is held out.
@@ -74,6 +76,7 @@ class Planned:
     """
 
     plan: Plan
+    key: str
     intro: Introduction
     step_seconds: float
     evaluate_seconds: float
@@ -160,14 +163,18 @@ class Planning:
             )
         device = self._config.device
         evaluation = FORWARD * seconds * device.eval_examples / training.batch_size
+        # Reasons are for people at a device; here they would travel with every round to a worker.
+        chosen = replace(chosen, reasons={}, next_better={})
         if problem is None:
             slot = shared(slot_of(chosen, card, spec), spec)
-            return Planned(chosen, self._introduction(group, chosen, spec, slot), seconds, evaluation)
+            key = _key(chosen, slot)
+            return Planned(chosen, key, self._introduction(group, chosen, spec, slot), seconds, evaluation)
         rank = chosen.rank - spec.own
         held = chosen.held if spec.hold_more else rank
         slot = problem.slot(rank, held + spec.beside, chosen.layers_trained / card.num_layers)
         return Planned(
             chosen,
+            _key(chosen, slot),
             self._introduction(group, chosen, spec, slot),
             seconds,
             evaluation,
@@ -185,6 +192,10 @@ class Planning:
             plan=in_words(chosen, self._card, spec),
             software="simulation",
         )
+
+
+def _key(chosen: Plan, slot: Slot) -> str:
+    return hashlib.sha256(f"{json.dumps(chosen.to_json())} {slot}".encode()).hexdigest()
 
 
 def _ratio(card: ModelCard, chosen: Plan, modules: tuple[str, ...], layers: int, surrogate: float) -> float:

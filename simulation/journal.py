@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from dataclasses import asdict
 from pathlib import Path
 
 from edge_runtime.errors import ConfigError
@@ -64,7 +63,7 @@ class Journal:
             return Done(payload=payload, residual=residual, private=private, **json.loads(facts))
         done = self._engine.result(key)
         blobs = {"payload", "residual", "private"}
-        facts = json.dumps({name: value for name, value in asdict(done).items() if name not in blobs})
+        facts = json.dumps({name: value for name, value in vars(done).items() if name not in blobs})
         values = (self._key(key), facts, done.payload, done.residual, done.private)
         self._db.execute("INSERT OR REPLACE INTO done VALUES (?, ?, ?, ?, ?)", values)
         self._unwritten += 1

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edge_runtime.config import Config
+from edge_runtime.errors import ConfigError
 from edge_runtime.trainer import Training
 from simulation import partition, traces
 from simulation.battery import Cell, Charge
@@ -25,6 +26,20 @@ def with_room(config: Config, simulation: Simulation) -> Config:
     count = sum(group.count for group in simulation.devices)
     server = config.server.model_copy(update={"max_members": max(count, config.server.max_members)})
     return config.model_copy(update={"server": server})
+
+
+def check(config: Config, simulation: Simulation) -> None:
+    """Refuse a fleet that would never begin.
+
+    Raises:
+        ConfigError: it waits for more devices than there are.
+    """
+    count, least = sum(group.count for group in simulation.devices), config.rounds.min_available_nodes
+    if count < least:
+        raise ConfigError(
+            f"[rounds] min_available_nodes waits for {least} devices, and [simulation] has {count}; lower it, or raise "
+            "the count of a group"
+        )
 
 
 def training_of(config: Config) -> Training:

@@ -132,7 +132,7 @@ class Simulation(Section):
     ray_address: str | None = None
     """Of a Ray cluster, HOST:PORT or ray://HOST:PORT; one of this machine alone when absent."""
     base: str = "SmolLM2-135M"
-    """The base model that plans, times and bytes are those of, as `--base` names it. Only real training needs its files."""
+    """The base model that plans, times and bytes are those of; real training needs its files."""
     data: tuple[Path, ...] = ()
     """Real trainer: JSONL files of examples, whose field `class_field` tells their class."""
     class_field: str = "label"

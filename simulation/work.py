@@ -37,6 +37,7 @@ class Task:
         directive: of the round.
         intro: how the device introduced itself.
         plan: by which it trains.
+        plan_key: a digest of the plan and of the slot in `intro`.
         bands: payloads of the bands that it holds, in the order of the directive.
         data: examples of each class for the surrogate; numbers of its examples for real training.
         owed: what its updates owe; see `edge_runtime.state`.
@@ -49,6 +50,7 @@ class Task:
     directive: Directive
     intro: Introduction
     plan: Plan
+    plan_key: str
     bands: tuple[bytes, ...]
     data: tuple[int, ...]
     owed: bytes | None = None
@@ -61,8 +63,8 @@ class Task:
         """SHA-256 of all of it."""
         total = hashlib.sha256()
         texts = (
-            self.name, self.directive.model_dump_json(), repr(self.intro), json.dumps(self.plan.to_json()),
-            repr(self.data), json.dumps(self.facts, sort_keys=True), repr(self.personal),
+            self.name, self.directive.model_dump_json(), self.plan_key, repr(self.data),
+            json.dumps(self.facts, sort_keys=True), repr(self.personal),
         )  # fmt: skip
         for part in (*(text.encode() for text in texts), self.owed, self.kept, *self.bands):
             total.update(b"-" if part is None else f"{len(part)}:".encode() + part)

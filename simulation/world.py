@@ -24,7 +24,7 @@ from server.exchange import rank_of
 from server.fitting import spec_of
 from server.store import Store
 from simulation import engines, people
-from simulation.clock import Clock
+from simulation.clock import Clock, Event
 from simulation.device import Device
 from simulation.draws import named
 from simulation.fleet import Planning, group_of
@@ -90,6 +90,7 @@ class World:
     ) -> None:
         self._config, self._simulation, self._say = people.with_room(config, simulation), simulation, say
         self._kills = kills or {}
+        people.check(self._config, simulation)
         self._groups = [group_of(settings) for settings in simulation.devices]
         card = find_card(simulation.base)
         self._problem = problem_of(simulation) if simulation.trainer == "surrogate" else None
@@ -102,6 +103,7 @@ class World:
         self._held_out: dict[int, list[float]] = {}
         self._asked: tuple[object, list[Device]] = (None, [])
         self._still = 0
+        self._next_crash: Event | None = None
         folder.mkdir(parents=True, exist_ok=True)
         try:
             self._open(folder, planning)
@@ -153,7 +155,7 @@ class World:
         """Let everything happen.
 
         Args:
-            stop: asked now and then; True ends the run, which can be taken up again.
+            stop: asked after every event; True ends the run, which can be taken up again.
             progress: told of the rounds that are merged, and of all.
 
         Raises:
@@ -165,7 +167,7 @@ class World:
         try:
             while not self._over:
                 self._step()
-                if self._clock.happened % 64 == 0 and stop():
+                if stop():
                     raise KeyboardInterrupt
                 if progress is not None and seen != len(self._versions):
                     seen = len(self._versions)
@@ -201,9 +203,9 @@ class World:
 
     def _ticks(self) -> None:
         patience = self._config.rounds.progress_timeout
-        self._still = self._still + 1 if self._clock.empty else 0
+        self._still = 0 if self._clock.pending(self._next_crash) else self._still + 1
         if self._still * self._tick > STILL * patience:
-            return  # the clock is empty now, and the run ends
+            raise QuorumError(f"nothing will happen any more; {self._standing}")
         self._clock.after(self._tick, self._ticks)
         self._around.host.turn()
 
@@ -286,7 +288,7 @@ class World:
             self._crash_server()
             self._next_server_crash(number + 1)
 
-        self._clock.after(wait, happen)
+        self._next_crash = self._clock.after(wait, happen)
 
     # ── the end ───────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -88,8 +88,9 @@ class Spread:
         self._suspects: set[str] = set()
 
     def submit(self, task: Task) -> None:
-        """Get in line."""
-        self._line[task.key] = task
+        """Get in line, unless it is under way or done: a device that crashed may ask for the same again."""
+        if task.key not in self._under_way and task.key not in self._ended:
+            self._line[task.key] = task
         self._fill()
 
     def result(self, key: str) -> Done:

@@ -50,10 +50,12 @@ def test_nothing_is_scheduled_in_the_past_or_at_no_time(when: float) -> None:
         Clock().at(when, lambda: None)
 
 
-def test_what_is_cancelled_does_not_happen_and_leaves_the_clock_empty() -> None:
+def test_what_is_cancelled_does_not_happen_and_is_not_waited_for() -> None:
     clock, happened = Clock(), []
     event = clock.after(1.0, lambda: happened.append(1))
+    assert clock.pending()
+    assert not clock.pending(event)
     event.cancel()
-    assert clock.empty
+    assert not clock.pending()
     assert not clock.step()
     assert happened == []

@@ -137,13 +137,6 @@ def test_ray_gives_the_same_bytes(tmp_path: Path) -> None:
     assert events(tmp_path / "ray") == events(tmp_path / "inline")
 
 
-@pytest.mark.slow
-def test_a_cluster_that_is_not_there_is_an_error_with_its_address(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    with pytest.raises(EngineError, match=r"127\.0\.0\.1:9"):
-        run(tmp_path, "simulation.engine=ray", "simulation.ray_address=127.0.0.1:9")
-
-
 def test_without_ray_its_engine_names_the_extra(tmp_path: Path) -> None:
     try:
         import ray  # noqa: F401, PLC0415

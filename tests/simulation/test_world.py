@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from edge_runtime import config as fleets
-from edge_runtime.errors import PlanError
+from edge_runtime.errors import ConfigError, PlanError
 from edge_runtime.train.planning import Owner, choose
 from profiles import catalogue
 from profiles.find_card import find_card
@@ -121,6 +121,21 @@ def test_nobody_is_left_to_wait_for_ends_a_run_with_the_reason(tmp_path: Path) -
     assert logged(tmp_path / "out", "end")[0]["finished"] is False
 
 
+def test_a_server_that_crashes_again_and_again_does_not_hide_that_nothing_will_happen(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("device,from,to\npi-0,0,0.01\n")
+    devices = f'[{{device = "raspberry-pi-5", name = "pi", availability = {{kind = "file", file = "{path}"}}}}]'
+    settings = ("training.max_steps=50", "simulation.server_crashes_per_hour=2")
+    found = run(tmp_path / "out", *settings, devices=devices, least=1)
+    assert "nothing will happen any more" in found.why
+    assert found.seconds < 24 * 3600
+
+
+def test_a_fleet_that_would_never_begin_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"min_available_nodes waits for 9 devices, and \[simulation\] has 3"):
+        world(tmp_path, least=9)
+
+
 def test_a_run_is_given_up_after_its_time(tmp_path: Path) -> None:
     found = run(tmp_path, "simulation.max_hours=0.001")
     assert not found.finished
@@ -211,7 +226,7 @@ def test_a_run_that_was_stopped_goes_on_from_what_was_computed_to_the_same_bytes
     left = iter(range(whole.events))
 
     def stop() -> bool:
-        return next(left) >= whole.events // 128
+        return next(left) >= whole.events // 2
 
     with pytest.raises(KeyboardInterrupt):
         world(tmp_path / "parts", "rounds.num_rounds=4").run(stop=stop)
