@@ -13,17 +13,19 @@
     {"t", "event": "version", …}                      a row of rounds.csv
     {"t", "event": "end", "finished", "why"}          last of all
 
-Keys are sorted and numbers are written as Python writes them: the same seed gives the same bytes.
+The spans are in a table of their own as well, for a Gantt chart. Keys are sorted and numbers are written as Python
+writes them: the same seed gives the same bytes.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FILE = "events.jsonl"
+FILES = EVENTS, SPANS = "events.jsonl", "spans.csv"
 BUFFERED = 1 << 20
 
 
@@ -31,25 +33,33 @@ class Log:
     """The event log of one run.
 
     Args:
-        path: the file; None writes nothing.
+        folder: where its files go.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self._file = path.open("w", encoding="utf-8", buffering=BUFFERED) if path else None
+    def __init__(self, folder: Path) -> None:
+        self._file, self._spans = (
+            (folder / name).open("w", encoding="utf-8", buffering=BUFFERED, newline="") for name in FILES
+        )
+        self._table = csv.writer(self._spans, lineterminator="\n")
+        self._table.writerow(["device", "kind", "from", "to", "round"])
 
     def write(self, at: float, event: str, **facts: Any) -> None:
         """Write an event down."""
-        if self._file is not None:
-            self._file.write(json.dumps({"t": at, "event": event, **facts}, sort_keys=True) + "\n")
+        self._file.write(json.dumps({"t": at, "event": event, **facts}, sort_keys=True) + "\n")
+
+    def span(self, device: str, kind: str, begin: float, end: float, number: int) -> None:
+        """A device did this from then to then, for a round of that number."""
+        self._table.writerow([device, kind, begin, end, number])
+        self.write(end, "span", device=device, kind=kind, round=number, **{"from": begin, "to": end})
 
     def server(self, at: float, event: Mapping[str, Any]) -> None:
         """Write down what the server records."""
-        if self._file is not None and event["event"] != "report":
+        if event["event"] != "report":
             # Its own number of the event, and its seconds of real work, are no part of what happened.
             facts = {key: value for key, value in event.items() if key not in {"event", "n", "seconds", "layers"}}
             self.write(at, "server", what=event["event"], **facts)
 
     def close(self) -> None:
         """Write what is left."""
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
+        self._spans.close()

@@ -113,5 +113,4 @@ class Accounts:
         """It did this from then to then, for a round of that number."""
         if end > begin:
             self.spent.seconds[kind] = self.spent.seconds.get(kind, 0.0) + end - begin
-            facts = {"device": self._name, "kind": kind, "from": begin, "to": end, "round": number}
-            self._around.log.write(end, "span", **facts)
+            self._around.log.span(self._name, kind, begin, end, number)

@@ -30,7 +30,7 @@ from simulation.draws import named
 from simulation.fleet import Planning, group_of
 from simulation.host import Host
 from simulation.journal import Journal
-from simulation.log import FILE, Log
+from simulation.log import Log
 from simulation.memory import Spent
 from simulation.settings import Simulation
 from simulation.surroundings import Surroundings
@@ -114,7 +114,7 @@ class World:
     def _open(self, folder: Path, planning: Planning) -> None:
         config, simulation, clock = self._config, self._simulation, self._clock
         shutil.rmtree(folder / "server", ignore_errors=True)  # a run begins at the beginning; see `journal`
-        log = Log(folder / FILE)
+        log = Log(folder)
         self._closing.callback(log.close)
         fleet = people.People(config, simulation, self._groups)
         recipe = Recipe(simulation, config.device.eval_fraction, config.device.eval_examples)

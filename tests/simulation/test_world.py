@@ -182,6 +182,11 @@ def test_times_of_a_device_add_up(tmp_path: Path) -> None:
 
 def test_tables_have_a_row_for_each_version_and_each_device(tmp_path: Path) -> None:
     found = run(tmp_path)
+    with (tmp_path / "spans.csv").open(newline="") as file:
+        spans = list(csv.DictReader(file))
+    assert [(row["device"], float(row["to"])) for row in spans] == [
+        (line["device"], line["to"]) for line in logged(tmp_path, "span")
+    ]
     for name, rows in (("rounds", found.versions), ("devices", found.devices)):
         (path, *_) = tables.write(tmp_path, name, rows)
         with path.open(newline="") as file:
