@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from edge_runtime.cli import simulate
+from edge_runtime.cli import shell, simulate
 from edge_runtime.errors import INTERRUPTED, ConfigError, RoundError
 from tests.simulation.fleets import asked
 
@@ -63,7 +63,7 @@ def test_an_unknown_sweep_key_begins_nothing(file: Path) -> None:
 
 
 def test_ctrl_c_ends_a_run_that_goes_on_later(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulate.shell, "stop_on_signals", lambda: lambda: True)
+    monkeypatch.setattr(shell, "stop_on_signals", lambda: lambda: True)
     assert run(file) == INTERRUPTED
-    monkeypatch.setattr(simulate.shell, "stop_on_signals", lambda: lambda: False)
+    monkeypatch.setattr(shell, "stop_on_signals", lambda: lambda: False)
     assert run(file) == 0
