@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from edge_runtime import toml
 from edge_runtime.errors import ConfigError
+from edge_runtime.open_section import OpenSection
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -300,8 +301,7 @@ class Config(Section):
     device: Device = Device()
     governor: Governor = Governor()
     server: Server = Server()
-    simulation: Mapping[str, Any] = {}
-    """Devices that are not there; read by `simulation.settings`."""
+    simulation: OpenSection = OpenSection()
 
 
 ANCHORED: Mapping[str, Sequence[str]] = {

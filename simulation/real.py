@@ -14,8 +14,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from edge_runtime.config import cache_dir
 from edge_runtime.errors import ConfigError, DataError, DeviceMemoryError
 from edge_runtime.lora.adapter import Adapter, Slot
@@ -25,6 +23,7 @@ from edge_runtime.train import cores, data, families, loop, token_cache
 from edge_runtime.train.alignment import scores
 from edge_runtime.train.base import LoadedBase, load, prepare
 from edge_runtime.train.live import LiveModel
+from edge_runtime.train.placing import place
 from edge_runtime.train.planning import slot_of
 from edge_runtime.train.receiving import Received, fitted, receive, slot_for
 from edge_runtime.train.tasks import task_of
@@ -70,7 +69,7 @@ class RealTrainers:
     def __init__(self, recipe: Recipe) -> None:
         self._recipe, self._simulation = recipe, recipe.simulation
         # As many in every engine, or sums would be taken in another order.
-        torch.set_num_threads(recipe.simulation.threads)
+        self._device = place(recipe.simulation.threads)
         self._card = find_card(recipe.simulation.base)
         self._examples, _ = examples.load(recipe.simulation)
         self._bases: dict[tuple[str, str, str], Loaded] = {}
@@ -104,8 +103,8 @@ class RealTrainers:
         key = (precision, compute, products)
         if key not in self._bases:
             found = prepare(self._simulation.base, precision=precision, cache=cache_dir())
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            self._bases[key] = Loaded(load(found, compute_dtype=compute, product_dtype=products, device=device))
+            base = load(found, compute_dtype=compute, product_dtype=products, device=self._device)
+            self._bases[key] = Loaded(base)
         return self._bases[key]
 
     def _tokens_of(self, task: Task, base: LoadedBase) -> Tokens:

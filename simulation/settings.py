@@ -184,10 +184,10 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> tuple[Config, Simu
     """
     config = fleets.load(path, overrides)
     source = str(path) if path else "--set"
-    if not config.simulation:
+    if not config.simulation.model_extra:
         raise ConfigError(f"{source} has no [simulation]; expected at least one table [[simulation.devices]]")
     try:
-        return config, Simulation.model_validate(_nested(config.simulation))
+        return config, Simulation.model_validate(_nested(config.simulation.model_extra))
     except ValidationError as error:
         raise ConfigError(f"{source}: {_problem(error)}") from error
 

@@ -32,7 +32,7 @@ def test_one_file_is_that_of_a_real_fleet_and_of_a_simulation(tmp_path: Path) ->
     assert (simulation.seed, simulation.partition.alpha) == (3, 0.7)
     assert simulation.devices[0].battery is not None
     # What `server` reads is the file as well, and writes it as it was.
-    assert config.load(path).simulation["seed"] == 3
+    assert (config.load(path).simulation.model_extra or {})["seed"] == 3
     again = tmp_path / "again.toml"
     again.write_text(config.dump(config.load(path)))
     assert settings.load(again)[1] == settings.load(path)[1]
