@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -51,14 +53,21 @@ def fleet(devices: int, rounds: int, fraction: float, engine: str) -> str:
 
 
 def measure(devices: int, rounds: int, fraction: float, engine: str) -> dict[str, Any]:
-    """One run: seconds of all of it, seconds of a round, and the peak of this process and its largest worker."""
+    """One run: seconds of all of it, seconds of a round, and the most memory that all its processes had."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "fleet.toml"
         path.write_text(fleet(devices, rounds, fraction, engine), encoding="utf-8")
         began = time.monotonic()
         world = World(*settings.load(path), Path(folder) / "out", say=lambda text: print(text, file=sys.stderr))
         merged: list[float] = []
-        outcome = world.run(progress=lambda done, _of: merged.append(time.monotonic()) if done else None)
+        workers: list[int] = []
+
+        def look(done: int, _of: int) -> None:
+            workers.append(sum(child.memory_info().rss for child in psutil.Process().children(recursive=True)))
+            if done:
+                merged.append(time.monotonic())
+
+        outcome = world.run(progress=look)
         tables.write(Path(folder), "rounds", outcome.versions)
         tables.write(Path(folder), "devices", outcome.devices)
         seconds = time.monotonic() - began
@@ -67,7 +76,8 @@ def measure(devices: int, rounds: int, fraction: float, engine: str) -> dict[str
         "seconds": seconds,
         # Between two merges lies exactly one round; before the first also the hellos of all.
         "round_seconds": (merged[-1] - merged[0]) / (len(merged) - 1),
-        "peak_mb": peak_bytes() / 1e6,
+        # Workers hold the same from their first task to their last, so a look at each merge sees their peak.
+        "peak_mb": (peak_bytes() + max(workers)) / 1e6,
         "client_rounds": sum(row.updates for row in outcome.versions),
         "loss_first": first.loss,
         "loss_last": last.loss,
@@ -88,9 +98,7 @@ def alone(devices: int, rounds: int, fraction: float, engine: str = "processes")
 
 def exponent(small: float, large: float, times: float) -> float:
     """How a cost grows when something becomes so many times as much: 0 not at all, 1 in proportion."""
-    from math import log  # noqa: PLC0415  the only use
-
-    return log(max(large, 1e-9) / max(small, 1e-9)) / log(times)
+    return math.log(large / small) / math.log(times)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
