@@ -35,7 +35,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.methods_fleet import LAST, Rate
-from benchmarks.methods_settings import OURS, RATES, RIVALS, SAME, SETTINGS, TUNING_SEED, UNEQUAL, WAYS
+from benchmarks.methods_settings import OURS, QUICK_RATES, RATES, RIVALS, SAME, SETTINGS, TUNING_SEED, UNEQUAL, WAYS
 from benchmarks.result import Goal, result
 from benchmarks.slices import interval
 
@@ -56,6 +56,7 @@ class Order:
     exponent: float
     rounds: int
     steps: int
+    whole: bool = True
 
     @property
     def of(self) -> Rate:
@@ -110,13 +111,13 @@ def _compare(options: argparse.Namespace, runner: Runner, ways: Sequence[str], s
     console = Console()
 
     def order(setting: str, way: str, seed: int, rate: Rate, rounds: int) -> Order:
-        return Order(setting, way, seed, *rate, rounds, options.steps)
+        return Order(setting, way, seed, *rate, rounds, options.steps, whole=seed != TUNING_SEED)
 
     tuning = [
         order("pilot", way, TUNING_SEED, rate, options.tuning_rounds)
         for way in ways
         for rate in RATES
-        if useful(way, rate)
+        if useful(way, rate) and (not options.quick or rate in QUICK_RATES)
     ]
     rates = tuned(runner.all(tuning, "learning rates"))
     wanted = [
@@ -158,12 +159,18 @@ class Runner:
         with Progress() as progress, ThreadPoolExecutor(self._options.jobs) as pool:
             task = progress.add_task(what, total=len(missing))
             running = {pool.submit(self._run, batch): batch for batch in batches(missing, self._options.together)}
+            failed = None
             for done in as_completed(running):
+                if problem := done.exception():
+                    failed = problem
+                    continue  # those that go on are kept first
                 for order, life in zip(running[done], done.result(), strict=True):
                     self._known[order.key] = life
                     with self._kept.open("a", encoding="utf-8") as file:
                         file.write(json.dumps({"key": order.key, "life": life}) + "\n")
                 progress.advance(task, len(running[done]))
+        if failed is not None:
+            raise failed
         return {order: self._known[order.key] for order in wanted}
 
     def _run(self, orders: Sequence[Order]) -> list[Mapping[str, Any]]:
@@ -197,7 +204,7 @@ def _live(options: argparse.Namespace, orders: Sequence[Order]) -> list[dict[str
     engine = together.Together(fleet, options.device)
     lives = [
         Life(fleet, WAYS[order.way], steps=order.steps, seed=seed, rate=order.of).run(
-            order.rounds, max(1, order.rounds // 3)
+            order.rounds, max(1, order.rounds // 3), whole=order.whole
         )
         for order in orders
     ]

@@ -146,8 +146,14 @@ class Life:
         self.seen_by_each = fleet.held_out[:SEEN_BY_EACH]
         self.numbers_up = self.numbers_down = 0
 
-    def run(self, rounds: int, every: int) -> Asking:
-        """All rounds, and what they came to; losses are infinite from the round on in which a device diverged."""
+    def run(self, rounds: int, every: int, *, whole: bool = True) -> Asking:
+        """All rounds, and what they came to; losses are infinite from the round on in which a device diverged.
+
+        Args:
+            rounds: how many.
+            every: judge the global model each so many rounds, and after the last ones.
+            whole: judge what devices hold and their personal models as well; without a global product, it is done.
+        """
         state, points, seconds = self.method.init(self._shapes(), self._rank(), self.seed), {}, 0.0
         for number in range(1, rounds + 1):
             sent = self._sent(state)
@@ -169,7 +175,9 @@ class Life:
             if number > rounds - LAST or number % every == 0:
                 [found] = yield [Judging(published(state), self.fleet.held_out)]
                 points[number] = Point(*found)
-        last = self._sent(state)
+        last, unknown = self._sent(state), Point(math.nan, math.nan)
+        if not (whole or self.method.private):
+            return Ended(points, unknown, unknown, self.numbers_up, self.numbers_down, seconds)
         as_held = yield from self._as_devices_see(last)
         personal = yield from self._personal(last, rounds)
         return Ended(points, as_held, personal, self.numbers_up, self.numbers_down, seconds)

@@ -20,6 +20,7 @@ RATES = tuple(
     }.items()
     for largest in rates
 )
+QUICK_RATES = (Rate(2e-3, 0.0), Rate(1e-3, 0.75))
 
 
 @dataclass(frozen=True)
