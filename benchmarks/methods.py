@@ -11,8 +11,8 @@ is judged by the mean held-out loss of its last four rounds. `increment_vs_homog
 of itself at the largest rank everywhere, over settings with ranks 2 to 32, and `wins_over_x` the share of settings in
 which the loss of `increment` is lower than that of x with 95 % intervals that do not overlap.
 
-The lives of one seed in one setting go through the model side by side (`together`), in a process of their own; with
---keep, lives that have ended are kept there and not run again.
+The lives of one seed in one setting go through the model side by side (`together`), several fleets in
+processes of their own; with --keep, lives that have ended are kept there and not run again.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.methods_fleet import LAST, Rate
+from benchmarks.methods_lives import Order, Place, live
 from benchmarks.methods_settings import OURS, QUICK_RATES, RATES, RIVALS, SAME, SETTINGS, TUNING_SEED, UNEQUAL, WAYS
 from benchmarks.result import Goal, result
 from benchmarks.slices import interval
@@ -43,30 +43,6 @@ GOALS: Mapping[str, Goal] = {
     "increment_vs_homogeneous": ("<=", 1.01),
     **{f"wins_over_{way.method}": (">", 0.5) for way in RIVALS},
 }
-
-
-@dataclass(frozen=True)
-class Order:
-    """One life to be run."""
-
-    setting: str
-    way: str
-    seed: int
-    rate: float
-    exponent: float
-    rounds: int
-    steps: int
-    whole: bool = True
-
-    @property
-    def of(self) -> Rate:
-        """How fast its devices learn."""
-        return Rate(self.rate, self.exponent)
-
-    @property
-    def key(self) -> str:
-        """Names it among those that are kept."""
-        return json.dumps(asdict(self), sort_keys=True)
 
 
 Lives = Mapping[Order, Mapping[str, Any]]
@@ -89,22 +65,19 @@ def main() -> int:
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--plots", type=Path, help="folder for methods.png")
     parser.add_argument("--quick", action="store_true", help="few rounds of a few methods, one seed: does it run?")
-    parser.add_argument("--live", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.live:
-        orders = [Order(**json.loads(line)) for line in sys.stdin]
-        for life in _live(options, orders):
-            print("LIFE " + json.dumps(life), flush=True)
-        return 0
     ways = options.way or list(WAYS)
     settings = options.setting or list(SETTINGS)
     if options.quick:
-        ways, settings = [OURS.name, *(way.name for way in RIVALS), SAME.name], ["pilot"]
+        ways = options.way or [OURS.name, *(way.name for way in RIVALS), SAME.name]
+        settings = options.setting or ["pilot"]
         options.rounds, options.tuning_rounds, options.seeds = 4, 2, 1
-    with tempfile.TemporaryDirectory() as place:
-        keep = options.keep or Path(place)
+    with tempfile.TemporaryDirectory() as passing:
+        keep = options.keep or Path(passing)
         keep.mkdir(parents=True, exist_ok=True)
-        return _compare(options, Runner(options, keep / "lives.jsonl"), ways, settings)
+        place = Place(options.data, options.encoder, options.device)
+        runner = Runner(place, keep / "lives.jsonl", options.jobs, options.together)
+        return _compare(options, runner, ways, settings)
 
 
 def _compare(options: argparse.Namespace, runner: Runner, ways: Sequence[str], settings: Sequence[str]) -> int:
@@ -140,12 +113,14 @@ class Runner:
     """Runs lives in processes, each once.
 
     Args:
-        options: where the texts are, what computes, how many lives in a process, and how many processes at a time.
+        place: where the texts are, and what computes.
         kept: the lives that have ended, a line each.
+        jobs: processes at a time.
+        together: lives that a process is given at a time.
     """
 
-    def __init__(self, options: argparse.Namespace, kept: Path) -> None:
-        self._options, self._kept = options, kept
+    def __init__(self, place: Place, kept: Path, jobs: int, together: int) -> None:
+        self._place, self._kept, self._jobs, self._together = place, kept, jobs, together
         lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
         self._known: dict[str, Mapping[str, Any]] = {}
         for line in lines:
@@ -156,9 +131,10 @@ class Runner:
         """All these lives, those that are kept among them."""
         wanted = list(dict.fromkeys(orders))
         missing = [order for order in wanted if order.key not in self._known]
-        with Progress() as progress, ThreadPoolExecutor(self._options.jobs) as pool:
+        # Not forked: threads of torch do not survive that.
+        with Progress() as progress, ProcessPoolExecutor(self._jobs, mp_context=get_context("spawn")) as pool:
             task = progress.add_task(what, total=len(missing))
-            running = {pool.submit(self._run, batch): batch for batch in batches(missing, self._options.together)}
+            running = {pool.submit(live, self._place, batch): batch for batch in batches(missing, self._together)}
             failed = None
             for done in as_completed(running):
                 if problem := done.exception():
@@ -173,14 +149,6 @@ class Runner:
             raise failed
         return {order: self._known[order.key] for order in wanted}
 
-    def _run(self, orders: Sequence[Order]) -> list[Mapping[str, Any]]:
-        options = self._options
-        command = [sys.executable, "-m", "benchmarks.methods", "--live", "--data", str(options.data)]
-        command += ["--encoder", options.encoder, "--device", options.device]
-        asked = "".join(f"{order.key}\n" for order in orders)
-        done = subprocess.run(command, check=True, input=asked, stdout=subprocess.PIPE, text=True)
-        return [json.loads(line.removeprefix("LIFE ")) for line in done.stdout.splitlines() if line.startswith("LIFE ")]
-
 
 def batches(orders: Sequence[Order], together: int) -> list[list[Order]]:
     """Lives of one fleet, at most so many side by side, and those with as many rounds together."""
@@ -188,27 +156,6 @@ def batches(orders: Sequence[Order], together: int) -> list[list[Order]]:
     for order in orders:
         alike.setdefault((order.setting, order.seed, order.rounds), []).append(order)
     return [some[first : first + together] for some in alike.values() for first in range(0, len(some), together)]
-
-
-def _live(options: argparse.Namespace, orders: Sequence[Order]) -> list[dict[str, Any]]:
-    import torch  # noqa: PLC0415 - the process that waits for lives needs none of it
-
-    from benchmarks import together, wire_fleet  # noqa: PLC0415 - as above
-    from benchmarks.methods_fleet import Life  # noqa: PLC0415 - as above
-
-    torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("high")
-    setting, seed = SETTINGS[orders[0].setting], orders[0].seed
-    folder = options.data / setting.data
-    fleet = wire_fleet.build(folder, seed, setting.ranks, alpha=setting.alpha, encoder=options.encoder)
-    engine = together.Together(fleet, options.device)
-    lives = [
-        Life(fleet, WAYS[order.way], steps=order.steps, seed=seed, rate=order.of).run(
-            order.rounds, max(1, order.rounds // 3), whole=order.whole
-        )
-        for order in orders
-    ]
-    return [asdict(ended) for ended in together.side_by_side(lives, engine)]
 
 
 def loss_of(order: Order, life: Mapping[str, Any]) -> float:

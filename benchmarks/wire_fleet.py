@@ -90,6 +90,7 @@ def build(
     every_linear: bool = False,
     alpha: float = ALPHA,
     encoder: str = "minilm",
+    device: str = "cpu",
 ) -> Fleet:
     """The fleet of that seed: who has which texts, and the head that all share.
 
@@ -103,10 +104,11 @@ def build(
         alpha: of Dirichlet's distribution, of the shares that devices have of each label; infinite for equal shares,
             and 0 where each label is on one device.
         encoder: an alias, or a folder.
+        device: where the model is, in torch's words.
     """
     examples = examples_in(folder)
     train, held_out = split(examples, seed=seed)
-    loaded = load_encoder(encoder)
+    loaded = load_encoder(encoder, device=device)
     modules = loaded.kind.all_linear if every_linear else loaded.kind.attention
     classifier = classify.build(
         loaded, labels_of(examples), rank=1, target_modules=modules, max_length=LENGTH, seed=seed
