@@ -52,18 +52,21 @@ class Way:
         holds: what devices hold beyond what they train: nothing ("prefix") or all directions ("all"), whatever the
             method says of it; "" for what it says.
         central: whether one device has all texts, and takes the steps of all that would take part.
+        slice: the policy by which devices choose what they train, where the method leaves that to them.
     """
 
     method: str
     rank: int = 0
     holds: Literal["", "prefix", "all"] = ""
     central: bool = False
+    slice: str = "top"
 
     @property
     def name(self) -> str:
         """For the table."""
         more = ["smallest rank"] if self.rank == SMALLEST else [f"rank {self.rank}"] if self.rank else []
         more += {"": [], "prefix": ["prefix only"], "all": ["holds all"]}[self.holds]
+        more += [self.slice] if self.slice != "top" else []
         more += ["centralised"] if self.central else []
         return ", ".join([self.method, *more])
 
@@ -211,7 +214,7 @@ class Life:
         if device.ranks is not None:
             ranks = {name: min(rank, device.ranks.get(name, rank)) for name, rank in ranks.items()}
             received = pruning.narrowed(received, ranks)
-        policy = self.method.slice or "top"
+        policy = self.method.slice or self.way.slice
         chosen = slices.lay_out(received, slices.choose(policy, received, ranks, number - 1), number - 1)
         return _with_own(chosen, device.own, self.method.own) if self.method.own else chosen
 
