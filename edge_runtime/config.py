@@ -121,6 +121,7 @@ class Adapter(Section):
     """Largest rank that a device may train."""
     max_length: Annotated[int, Field(ge=8)] = 128
     """Tokens of an example, at most."""
+    regained: Annotated[int, Field(ge=0, le=1024, description="of what a quantised base lost, beside it")] = 0
     slice: Literal["top", "rotating", "fresh", "personal"] = "top"
     """Which of the directions that it holds a device trains; see `edge_runtime.lora.slices`."""
     allocation: Literal["uniform", "spectrum"] = "uniform"

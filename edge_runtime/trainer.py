@@ -81,6 +81,9 @@ class AdapterSpec(Model):
     core: Annotated[
         int, Field(ge=0, description="rows and columns of the core that is trained in the place of each target")
     ] = 0
+    regained: Annotated[
+        int, Field(ge=0, description="directions of what a quantised base lost, beside each of its layers, never sent")
+    ] = 0
     equal_ranks: Annotated[bool, Field(description="whether every device trains exactly max_rank")] = False
 
 

@@ -81,12 +81,14 @@ def profile(
 
 @app.command()
 def prepare(
-    base: Base = "smollm2", precision: Annotated[str, typer.Option(help="nf4, int8, bf16, fp16 or fp32.")] = "nf4"
+    base: Base = "smollm2",
+    precision: Annotated[str, typer.Option(help="nf4, int8, bf16, fp16 or fp32.")] = "nf4",
+    regained: Annotated[int, typer.Option(min=0, help="Directions of what it lost to regain; nf4 only.")] = 0,
 ) -> int:
     """Convert a base model once, into this user's cache."""
     from edge_runtime.cli import prepare as verb
 
-    return verb.run(base, precision)
+    return verb.run(base, precision, regained)
 
 
 @app.command()

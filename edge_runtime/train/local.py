@@ -28,6 +28,7 @@ from edge_runtime.train.live import LiveModel
 from edge_runtime.train.optimizer import LEAST_8BIT, Array
 from edge_runtime.train.planning import Owner, choose, in_words, shared, slot_of
 from edge_runtime.train.receiving import Received, fitted, receive, slot_for
+from edge_runtime.train.regaining import regained_at
 from edge_runtime.train.reporting import SILENT, Reporting, Reports, Subject
 from edge_runtime.train.source import resolve
 from edge_runtime.train.tasks import same_model, same_numbers, task_of
@@ -188,12 +189,10 @@ class LocalTrainer:
     ) -> Ready:
         settings = self._settings
         found = prepare(
-            settings.base,
-            precision=chosen.precision,
-            cache=settings.cache,
+            settings.base, precision=chosen.precision, regained=regained_at(chosen.precision, spec.regained),
+            cache=settings.cache, say=self._say,
             memory_bytes=None if profile.pool == "gpu" else profile.memory_bearable_bytes or None,
-            say=self._say,
-        )
+        )  # fmt: skip
         torch.set_num_threads(chosen.threads)
         self._footprint.begin()  # what conversion took is no part of the plan
         device = "cuda" if profile.kind == "cuda" else "cpu"
@@ -340,7 +339,7 @@ class LocalTrainer:
         """What the round begins with; None for the adapter that was received, and nothing more."""
         ready, base = self.ready, self.ready.base.prepared.fingerprint
         optimizer = ready.plan.optimizer  # moments of one kind mean nothing to the other
-        of_model = (base, ready.spec.family, optimizer)
+        of_model = (base, ready.base.prepared.regained, ready.spec.family, optimizer)
         of_round = (training, round_number, received.digest, ready.live.slot, received.rows)
         key = key_of(*of_round, same_numbers(ready.plan), of_model, ready.data)
         family = get(ready.spec.family)
