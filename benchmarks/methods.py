@@ -5,7 +5,8 @@
 
 Ten devices of ranks 2 to 32, of which five take part in a round of eight local steps, name the task that a text is the
 answer of, or tell good reviews from bad ones. The learning rate of each method, and how much larger it is on a device
-of smaller rank, is chosen from a grid on a seed that is not compared. A method that needs equal ranks has every device
+of smaller rank, is chosen from a grid on a seed that is not compared: all of it in fewer rounds, and then the best two,
+and the best at half its rate, in all rounds. A method that needs equal ranks has every device
 train what the smallest bears. For reference: every device at the largest rank, and one device with all texts. A life
 is judged by the mean held-out loss of its last four rounds. `increment_vs_homogeneous` is that of `increment` over that
 of itself at the largest rank everywhere, over settings with ranks 2 to 32, and `wins_over_x` the share of settings in
@@ -24,7 +25,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def main() -> int:
     parser.add_argument("--way", action="append", choices=list(WAYS))
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--tuning-rounds", type=int, default=12)
+    parser.add_argument("--finalists", type=int, default=2, help="rates that are compared in all rounds")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--jobs", type=int, default=2)
@@ -71,13 +73,15 @@ def main() -> int:
     if options.quick:
         ways = options.way or [OURS.name, *(way.name for way in RIVALS), SAME.name]
         settings = options.setting or ["pilot"]
-        options.rounds, options.tuning_rounds, options.seeds = 4, 2, 1
+        options.rounds, options.tuning_rounds, options.seeds, options.finalists = 4, 2, 1, 1
     with tempfile.TemporaryDirectory() as passing:
         keep = options.keep or Path(passing)
         keep.mkdir(parents=True, exist_ok=True)
         place = Place(options.data, options.encoder, options.device)
-        runner = Runner(place, keep / "lives.jsonl", options.jobs, options.together)
-        return _compare(options, runner, ways, settings)
+        # Not forked: threads of torch do not survive that.
+        with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+            runner = Runner(place, keep / "lives.jsonl", pool, options.together)
+            return _compare(options, runner, ways, settings)
 
 
 def _compare(options: argparse.Namespace, runner: Runner, ways: Sequence[str], settings: Sequence[str]) -> int:
@@ -92,7 +96,15 @@ def _compare(options: argparse.Namespace, runner: Runner, ways: Sequence[str], s
         for rate in RATES
         if useful(way, rate) and (not options.quick or rate in QUICK_RATES)
     ]
-    rates = tuned(runner.all(tuning, "learning rates"))
+    found = runner.all(tuning, "learning rates")
+    rates = tuned(found)
+    if options.finalists > 1:
+        finals = [
+            order("pilot", way, TUNING_SEED, rate, options.rounds)
+            for way in ways
+            for rate in finalists(found, way, options.finalists)
+        ]
+        rates = tuned(runner.all(finals, "the best of them in all rounds"))
     wanted = [
         order(setting, way, seed, rates[way], options.rounds)
         for seed in range(options.seeds)
@@ -115,12 +127,12 @@ class Runner:
     Args:
         place: where the texts are, and what computes.
         kept: the lives that have ended, a line each.
-        jobs: processes at a time.
+        pool: its processes.
         together: lives that a process is given at a time.
     """
 
-    def __init__(self, place: Place, kept: Path, jobs: int, together: int) -> None:
-        self._place, self._kept, self._jobs, self._together = place, kept, jobs, together
+    def __init__(self, place: Place, kept: Path, pool: Executor, together: int) -> None:
+        self._place, self._kept, self._pool, self._together = place, kept, pool, together
         lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
         self._known: dict[str, Mapping[str, Any]] = {}
         for line in lines:
@@ -131,10 +143,9 @@ class Runner:
         """All these lives, those that are kept among them."""
         wanted = list(dict.fromkeys(orders))
         missing = [order for order in wanted if order.key not in self._known]
-        # Not forked: threads of torch do not survive that.
-        with Progress() as progress, ProcessPoolExecutor(self._jobs, mp_context=get_context("spawn")) as pool:
+        with Progress() as progress:
             task = progress.add_task(what, total=len(missing))
-            running = {pool.submit(live, self._place, batch): batch for batch in batches(missing, self._together)}
+            running = {self._pool.submit(live, self._place, batch): batch for batch in batches(missing, self._together)}
             failed = None
             for done in as_completed(running):
                 if problem := done.exception():
@@ -183,6 +194,13 @@ def tuned(lives: Lives) -> dict[str, Rate]:
         loss = loss_of(order, life)
         found.setdefault(order.way, {})[order.of] = loss if math.isfinite(loss) else math.inf
     return {way: min(losses, key=losses.__getitem__) for way, losses in found.items()}
+
+
+def finalists(lives: Lives, way: str, count: int) -> list[Rate]:
+    """The best rates of a way, best first, and the best one halved: short lives are in favour of large ones."""
+    losses = {order.of: loss_of(order, life) for order, life in lives.items() if order.way == way}
+    best = sorted(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)[:count]
+    return list(dict.fromkeys([*best, best[0]._replace(largest=best[0].largest / 2)]))
 
 
 def by_way(lives: Lives, setting: str, take: Callable[[Order, Mapping[str, Any]], float]) -> dict[str, list[float]]:

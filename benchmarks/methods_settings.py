@@ -55,12 +55,14 @@ EQUAL = ("fedit", "ffa_lora", "rolora", "fedsa_lora", "pf2lora", "lora_fair", "f
 UNEQUAL_ONES = ("zero_pad", "rbla", "raflora", "florist", "glora", "fed_sb")
 HOLDING = ("svd", "zero_pad", "rbla", "raflora")
 """Methods whose merge looks at what was trained alone, so that their devices may as well hold more."""
-OURS, SAME, CENTRAL = Way("increment"), Way("increment", LARGEST), Way("increment", LARGEST, central=True)
+OURS, SAME = Way("increment", slice="fresh"), Way("increment", LARGEST, slice="fresh")
+CENTRAL = Way("increment", LARGEST, central=True)
 RIVALS = (Way("svd"), Way("hetlora"), Way("flora"))
 WAYS: Mapping[str, Way] = {
     way.name: way
     for way in (
         OURS,
+        Way("increment"),
         Way("increment", holds="prefix"),
         *RIVALS,
         *(Way(name) for name in UNEQUAL_ONES),
@@ -68,6 +70,7 @@ WAYS: Mapping[str, Way] = {
         *(Way(name, SMALLEST) for name in EQUAL),
         Way("fedit", LARGEST),
         SAME,
+        Way("increment", LARGEST),
         CENTRAL,
     )
 }
