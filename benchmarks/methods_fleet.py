@@ -36,7 +36,7 @@ TAKING_PART = 5
 SEEN_BY_EACH = 256
 """Held-out texts that each device's part of the global model is judged by."""
 PERSONAL_STEPS = 8
-SMALLEST = -1
+SMALLEST, LARGEST = -1, 32
 LAST = 4
 """Rounds that a life is judged by: with five devices of unequal labels, one round is a matter of who takes part."""
 
@@ -72,7 +72,7 @@ class Way:
 
 
 class Rate(NamedTuple):
-    """The rate of a device of rank r is `largest` times (largest rank / r) to the power of `exponent`."""
+    """The rate of a device of rank r is `largest` times (LARGEST / r) to the power of `exponent`, in every fleet."""
 
     largest: float
     exponent: float
@@ -230,7 +230,7 @@ class Life:
             device.texts,
             steps,
             self.seed * 1000 + number,
-            self.rate.largest * (self.largest / device.rank) ** self.rate.exponent,
+            self.rate.largest * (LARGEST / device.rank) ** self.rate.exponent,
             self.method.asks(number).trained,
             facts.get("kept", 1.0),
             facts.get("tail_penalty", 0.0),

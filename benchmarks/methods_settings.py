@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from benchmarks.methods_fleet import SMALLEST, Rate, Way
+from benchmarks.methods_fleet import LARGEST, SMALLEST, Rate, Way
 
-UNEQUAL = (2, 2, 2, 2, 4, 4, 4, 8, 16, 32)
-LARGEST = max(UNEQUAL)
+UNEQUAL = (2, 2, 2, 2, 4, 4, 4, 8, 16, LARGEST)
 TUNING_SEED = 1000
 RATES = tuple(
     Rate(largest, exponent)
@@ -55,14 +54,14 @@ EQUAL = ("fedit", "ffa_lora", "rolora", "fedsa_lora", "pf2lora", "lora_fair", "f
 UNEQUAL_ONES = ("zero_pad", "rbla", "raflora", "florist", "glora", "fed_sb")
 HOLDING = ("svd", "zero_pad", "rbla", "raflora")
 """Methods whose merge looks at what was trained alone, so that their devices may as well hold more."""
-OURS, SAME = Way("increment", slice="fresh"), Way("increment", LARGEST, slice="fresh")
+OURS, SAME = Way("increment"), Way("increment", LARGEST)
 CENTRAL = Way("increment", LARGEST, central=True)
 RIVALS = (Way("svd"), Way("hetlora"), Way("flora"))
 WAYS: Mapping[str, Way] = {
     way.name: way
     for way in (
         OURS,
-        Way("increment"),
+        Way("increment", slice="fresh"),
         Way("increment", holds="prefix"),
         *RIVALS,
         *(Way(name) for name in UNEQUAL_ONES),
@@ -70,7 +69,7 @@ WAYS: Mapping[str, Way] = {
         *(Way(name, SMALLEST) for name in EQUAL),
         Way("fedit", LARGEST),
         SAME,
-        Way("increment", LARGEST),
+        Way("increment", LARGEST, slice="fresh"),
         CENTRAL,
     )
 }
