@@ -16,8 +16,8 @@ import torch
 import transformers
 
 from benchmarks import wire_fleet
-from benchmarks.methods_fleet import Life, Rate, Way
-from benchmarks.methods_settings import SMALLEST, WAYS
+from benchmarks.methods_fleet import SMALLEST, Life, Rate, Way
+from benchmarks.methods_settings import WAYS
 from benchmarks.together import Judging, Together, Training, side_by_side
 from benchmarks.wire_fleet import Fleet
 from edge_runtime.lora.adapter import Adapter, Pair
