@@ -48,7 +48,11 @@ SETTINGS = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["nats", "mosquitto"])
+BROKERS = {"nats": sorted(aggregators.METHODS), "mosquitto": ["fed_sb", "fedsa_lora", "increment"]}
+"""Methods over each: what travels is of few kinds, and brokers are compared in `test_fleet`."""
+
+
+@pytest.fixture(scope="module")
 def broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedBroker]:
     require(request.param)
     running = start(request.param, store=tmp_path_factory.mktemp("broker"), settings=Settings(ack_wait_s=2.0))
@@ -167,7 +171,11 @@ def _together(life: Life, stopped: threading.Event, *works: Callable[[], None]) 
     assert not any(thread.is_alive() for thread in threads)
 
 
-@pytest.mark.parametrize("method", sorted(aggregators.METHODS))
+@pytest.mark.parametrize(
+    ("broker", "method"),
+    [(broker, method) for broker, methods in BROKERS.items() for method in methods],
+    indirect=["broker"],
+)
 def test_a_fleet_learns_by_every_method_over_a_broker(
     method: str, broker: EmbeddedBroker, devices: Callable[[str, bool], LocalTrainer], tmp_path: Path
 ) -> None:
