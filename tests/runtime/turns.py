@@ -48,6 +48,7 @@ READS = {
     "updates",
     "fact",
     "band",
+    "personal",
     "staged",
     "staged_bytes",
     "members",
