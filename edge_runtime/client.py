@@ -125,7 +125,7 @@ class Client:
                 self._working(f"training round {directive.round}", lambda: self._train(directive))
             case agent.Settle(number) if self._ended is not None and self._ended.round == number:
                 directive, self._ended = self._ended, None
-                if self._personal.due(directive):
+                if self._personal.due(directive) and self._is_here(directive):
                     self._working("going on with its personal adapter", lambda: self._go_on(directive))
             case agent.Adopt(run):
                 self._disk.adopt(run)
@@ -185,6 +185,13 @@ class Client:
         """The bands that this device holds."""
         held = max(self._planned.slot.held.values(), default=0)
         return [band for band in directive.bands if band.start < held and band.factor != directive.private]
+
+    def _is_here(self, directive: Directive) -> bool:
+        """Whether its version is still whole on the disk.
+
+        A fetch for the end of the rounds may have taken its place: that waits for no answer to the last update.
+        """
+        return all(self._disk.band(band.blob.sha256) is not None for band in self._bands(directive))
 
     def _received(self, directive: Directive) -> Adapter:
         """The global adapter of a version, as far as this device holds it."""

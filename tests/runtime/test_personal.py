@@ -149,6 +149,22 @@ def test_a_device_goes_on_with_its_own_adapter_between_rounds(desk: Desk, way: P
     assert any(np.abs(moved[name] - product).max() > 1e-4 for name, product in first.items())
 
 
+def test_an_answer_that_comes_after_the_end_was_fetched_for_starts_nothing(desk: Desk) -> None:
+    """The end does not wait for the answer to the last update, and its bands take the place of the former ones."""
+    personal = FINETUNE.model_copy(update={"every": 1})
+    offer = of(Offer, desk.tell(desk.publish(adapter(1), personal=personal), WELCOME))[-1]
+    last = desk.publish(adapter(2), "finish", 1, version=1, personal=personal)
+    [*chunks] = [topic for topic in desk.broker.retained if "/blob/" in topic]
+    held = {topic: desk.broker.retained[topic] for topic in chunks}
+    for topic in chunks:
+        desk.server.publish(topic, b"", retain=True)
+    desk.tell(last, Accepted(sha256=offer.blob.sha256, round=1))
+    assert desk.trainer.rounds == [1]
+    for topic, payload in held.items():
+        desk.server.publish(topic, payload, retain=True)
+    assert of(Report, desk.work())[-1].state == "done"
+
+
 @pytest.mark.parametrize("way", [FINETUNE, BESIDE])
 def test_what_it_learnt_for_itself_is_in_the_next_version_too(desk: Desk, way: PersonalSpec) -> None:
     """Without another step, on a version that is the former one in another gauge: the same function."""

@@ -48,7 +48,6 @@ READS = {
     "updates",
     "fact",
     "band",
-    "personal",
     "staged",
     "staged_bytes",
     "members",
