@@ -60,7 +60,7 @@ def main() -> int:
     parser.add_argument("--personal-steps", type=int, default=16)
     parser.add_argument("--quick", action="store_true", help="one seed, two rounds: does it run?")
     options = parser.parse_args()
-    rounds, seeds = options.rounds or (2 if options.quick else 10), options.seeds or (1 if options.quick else 3)
+    rounds, seeds = options.rounds or (2 if options.quick else 6), options.seeds or (1 if options.quick else 3)
     console = Console()
     found: dict[Kind, list[list[Losses]]] = {kind: [] for kind in KINDS}
     carried: list[list[Carried]] = []

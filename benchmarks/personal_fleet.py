@@ -33,7 +33,7 @@ from server.aggregators.method import State, Update, fresh_state
 RANK, DEVICES, TAKING_PART = 8, 6, 3
 HELD_OUT = 0.3
 """Share of a device's texts that it does not train on."""
-MOST = 96
+MOST = 48
 """Held-out texts of either kind, at most."""
 
 
