@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from edge_runtime import agent, private, room, slicing
+from edge_runtime import agent, private, room, slicing, ways
 from edge_runtime.conversation import Conversation
 from edge_runtime.errors import (
     DeviceMemoryError,
@@ -21,6 +21,7 @@ from edge_runtime.identity import Identity, hello_of, will
 from edge_runtime.keeper import Keeper, Watch
 from edge_runtime.lora.adapter import Adapter
 from edge_runtime.lora.algebra import cut
+from edge_runtime.personalising import Job, Personalising
 from edge_runtime.state import DeviceState
 from edge_runtime.trainer import AdapterSpec, Delivered, Introduction, StepReport, Trainer, Training
 from edge_runtime.wire import bands, blobs, codec, feedback, update
@@ -49,9 +50,10 @@ class Client:
         deliver: exports the personal adapter of the live model and verifies it; called once, at the end.
         say: told a sentence for people whenever something happens.
         watch: where it looks while it works, clock and sensors among it.
+        own: what this device's file says of its personal adapter.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one argument for each seam of a device
         self,
         identity: Identity,
         *,
@@ -61,6 +63,7 @@ class Client:
         deliver: Callable[[], Delivered],
         say: Callable[[str], None],
         watch: Watch | None = None,
+        own: ways.Own | None = None,
     ) -> None:
         self._identity, self._name = identity, identity.client
         self._transport, self._disk, self._trainer = transport, state, trainer
@@ -71,6 +74,8 @@ class Client:
         )
         self._intro: Introduction | None = None
         self._progress = Progress()
+        self._personal = Personalising(trainer, state, own or ways.Own(), say)
+        self._ended: Directive | None = None
         self._keeper = Keeper(state, watch, say=say)
         self._gate = self._keeper.gate(self._pauses)
         state.on_full = room.waiting(watch, say, self._pauses)
@@ -118,6 +123,10 @@ class Client:
                 self._fetch(directive)
             case agent.Train(directive):
                 self._working(f"training round {directive.round}", lambda: self._train(directive))
+            case agent.Settle(number) if self._ended is not None and self._ended.round == number:
+                directive, self._ended = self._ended, None
+                if self._personal.due(directive) and self._is_here(directive):
+                    self._working("going on with its personal adapter", lambda: self._go_on(directive))
             case agent.Adopt(run):
                 self._disk.adopt(run)
             case agent.Finish(directive):
@@ -152,6 +161,7 @@ class Client:
             return agent.Exhausted()
 
     def _introduce(self, spec: AdapterSpec, training: Training) -> agent.Event:
+        self._personal.check(self._conversation.state.directive)
         intro = self._trainer.introduce(spec, training, self._keeper.ceiling, self._keeper.planned)
         self._intro = intro
         self._say(f"plan: {intro.plan}")
@@ -176,13 +186,20 @@ class Client:
         held = max(self._planned.slot.held.values(), default=0)
         return [band for band in directive.bands if band.start < held and band.factor != directive.private]
 
+    def _is_here(self, directive: Directive) -> bool:
+        """Whether its version is still whole on the disk.
+
+        A fetch for the end of the rounds may have taken its place: that waits for no answer to the last update.
+        """
+        return all(self._disk.band(band.blob.sha256) is not None for band in self._bands(directive))
+
     def _received(self, directive: Directive) -> Adapter:
         """The global adapter of a version, as far as this device holds it."""
         held = self._planned.slot.held
         payloads = [(band, self._disk.band(band.blob.sha256)) for band in self._bands(directive)]
         whole = bands.assembled((band, codec.decode(payload)) for band, payload in payloads if payload is not None)
         mine = Adapter({name: cut(whole[name], rank) for name, rank in held.items() if rank and name in whole})
-        return private.known(mine, directive, self._planned.slot, self._disk)
+        return private.known(mine, directive, self._planned.slot, self._disk, self._planned.base)
 
     def _evaluate_base(self) -> None:
         """The base's own held-out loss, once in a fleet's life: the global adapter of version 0 is a zero change."""
@@ -215,11 +232,13 @@ class Client:
             loss_first=result.loss_first, loss_last=result.loss_last,
         )  # fmt: skip
         own = private.after(received, slices, result.change, directive)
-        facts = slicing.pruned(directive, slices.before, result.change)
+        pruned = slicing.pruned(directive, slices.before, result.change)
+        facts = {**pruned, **private.belonging(directive, self._planned.base)}
         self._disk.put_outbox(offer, made.payload, feedback.dump(made.residual), own, facts)
         moved = f"loss {result.loss_first:.3f} → {result.loss_last:.3f}"
         self._say(f"round {directive.round}: {moved}, update of {len(made.payload)} bytes, {made.how}")
         self._report("offering")
+        self._ended = directive
         return agent.Trained(offer, directive.run)
 
     def _terms(self, directive: Directive) -> update.Terms:
@@ -230,17 +249,31 @@ class Client:
 
     def _finish(self, directive: Directive) -> agent.Event:
         self._wait_for_go()
-        self._trainer.receive(self._received(directive))
+        received = self._received(directive)
+        self._trainer.receive(received)
         self._report("evaluating")
         self._evaluate(directive)
-        if directive.training.max_steps:
-            self._trainer.train(directive.training, directive.round + 1, self._step("personalising"), self._gate)
-        self._losses(personal=self._trainer.evaluate())
+        job = Job(directive, self._planned, received, directive.training.max_steps, at_end=True)
+        made = self._personal.make(job, self._step("personalising"), self._gate)
+        self._losses(**made.losses)
         self._report("exporting")
         delivered = self._deliver()
-        self._say(f"personal adapter in {delivered.folder}; max |Δlogit| {delivered.max_logit_diff:.1e} when reloaded")
-        self._report("done", export_max_logit_diff=delivered.max_logit_diff)
+        self._personal.keep(made, {"merged": self._progress.losses.merged})
+        self._say(
+            f"{made.delivered} adapter in {delivered.folder}; max |Δlogit| {delivered.max_logit_diff:.1e} when reloaded"
+        )
+        left = {"export_max_logit_diff": delivered.max_logit_diff, "delivered": made.delivered}
+        self._report("done", **left, way=made.way, detail=made.told[:1024])
         return agent.Finished()
+
+    def _go_on(self, directive: Directive) -> agent.Event:
+        """Personal training between two rounds, from the version of the one that ended."""
+        self._wait_for_go()
+        received = self._received(directive)
+        self._trainer.receive(received)
+        job = Job(directive, self._planned, received, directive.personal.steps, at_end=False)
+        self._personal.keep(self._personal.make(job, self._step("personalising"), self._gate), {})
+        return agent.Repeat()  # nothing was asked, so nothing is answered
 
     def _wait_for_go(self) -> None:
         """An evaluation cannot be interrupted, so a device that must pause does so before it."""

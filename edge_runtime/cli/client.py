@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime import config as settings
-from edge_runtime import sensors
+from edge_runtime import sensors, ways
 from edge_runtime.cli import guards, shell
 from edge_runtime.client import Client
 from edge_runtime.config import Config
@@ -72,6 +72,7 @@ def run(
             deliver=lambda: _deliver(trainer, device.state_dir / "personal"),
             say=say,
             watch=watch,
+            own=_own(device),
         )
         client.run(stop)
     if not client.left:
@@ -90,6 +91,17 @@ def _configure(
     for name in config.device.task_metrics:
         metrics.get(name)
     return config
+
+
+def _own(device: settings.Device) -> ways.Own:
+    """What this device's file says of its personal adapter."""
+    return ways.Own(
+        way=device.personal_way,
+        proximal=device.personal_proximal,
+        rank=device.personal_rank,
+        every=device.personal_every,
+        keep_better=device.keep_better,
+    )
 
 
 def _watch(governor: settings.Governor, stop: Callable[[], bool]) -> Watch:
