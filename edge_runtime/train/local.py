@@ -334,7 +334,7 @@ class LocalTrainer:
         """What the round begins with; None for the adapter that was received, and nothing more."""
         ready, base = self.ready, self.ready.base.prepared.fingerprint
         optimizer = ready.plan.optimizer  # moments of one kind mean nothing to the other
-of_model = (base, ready.base.prepared.regained, ready.spec.family, optimizer)
+        of_model = (base, ready.base.prepared.regained, ready.spec.family, optimizer)
         own = () if personal is None else (personal.digest(),)
         of_round = (training, round_number, received.digest, ready.live.slot, received.rows, *own)
         key = key_of(*of_round, same_numbers(ready.plan), of_model, ready.data)
