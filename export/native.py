@@ -8,8 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_runtime.errors import ExportError
 from edge_runtime.lora.adapter import Adapter, LayerSlot, Slot
-from edge_runtime.lora.native import Native, write_native_folder
+from edge_runtime.lora.native import Native, read_native_folder, write_native_folder
+from export.checks import base_of
+from export.subject import Engine, Subject
 
 if TYPE_CHECKING:
     from edge_runtime.train.live import LiveModel
@@ -32,6 +35,33 @@ def export(adapter: Adapter, folder: Path, *, base_name: str, scaling: float) ->
     """
     write_native_folder(adapter, folder, base_name=base_name, scaling=scaling)
     return folder
+
+
+def refuse(subject: Subject) -> None:
+    """Find out whether there is anything to write.
+
+    Raises:
+        ExportError: an adapter without any direction or row.
+    """
+    if not any(subject.adapter.ranks.values()):
+        raise ExportError("expected an adapter with at least one direction or row, found none; train it first")
+
+
+def write(subject: Subject, folder: Path) -> None:
+    """Write the adapter; raises as `export`."""
+    export(subject.adapter, folder, base_name=subject.base_name, scaling=subject.scaling)
+
+
+def open_engine(subject: Subject, folder: Path) -> Engine:
+    """The adapter in a fresh live model of this runtime; it computes in float32.
+
+    Raises:
+        ExportError: there is no base model, or the folder cannot be read.
+        BaseModelError: the base model cannot be loaded, or is another.
+    """
+    from export.torch_engine import TorchEngine, fresh_base  # noqa: PLC0415 - a server writes adapters, and has no torch
+
+    return TorchEngine(into_model(fresh_base(base_of(subject)), read_native_folder(folder)).model)
 
 
 def into_model(model: Any, found: Native) -> LiveModel:
