@@ -57,6 +57,25 @@ def opener_of(layer: Any) -> Callable[[Any, torch.dtype], Opened]:
     return OPENERS.get(type(layer).__name__, _open_plain)
 
 
+def opened_weight(layer: Any) -> torch.Tensor:
+    """(d_out, d_in) float32, the weight of a frozen linear layer of any kind that `OPENERS` knows.
+
+    Of 4-bit weights as they are: rounded to bfloat16, whole blocks of equal codes would be off together, and the norm
+    of a row by a thousandth.
+    """
+    state = getattr(layer.weight, "quant_state", None)
+    before = None if state is None else state.dtype
+    try:
+        if state is not None:
+            state.dtype = torch.float32
+        weight, scale = opener_of(layer)(layer, torch.float32)
+    finally:
+        if state is not None:
+            state.dtype = before
+    opened: torch.Tensor = weight if scale is None else weight * scale.reshape(-1, 1)
+    return opened
+
+
 # torch offers no other way to state a gradient than this subclass.
 class _AdaptedProduct(torch.autograd.Function):
     """The product above; gradients of x, A and B."""
