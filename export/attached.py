@@ -1,17 +1,14 @@
-"""An adapter in its base model, all of it held: what an exported artefact is compared with, and what native folders are."""
+"""An adapter in its base model, all of it held: what an exported artefact is compared with."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 from edge_runtime.lora.adapter import Adapter, LayerSlot, Slot
 from edge_runtime.train import mixed
-from edge_runtime.train.generate import answering
+from edge_runtime.train.base import PreparedBase, load
+from edge_runtime.train.convert import precision_named
 from edge_runtime.train.live import LiveModel
-from export.subject import Logits
 
 
 def attached(model: Any, adapter: Adapter, *, scaling: float) -> LiveModel:
@@ -28,17 +25,11 @@ def attached(model: Any, adapter: Adapter, *, scaling: float) -> LiveModel:
     return live
 
 
-def logits(model: Any, tokens: Sequence[int]) -> Logits:
-    """The logits after every token of one prompt, in the precision that the model computes in.
+def fresh_base(prepared: PreparedBase) -> Any:
+    """The base model alone, as narrow as it may compute: `in_float32` widens what it needs while it needs it.
 
-    Args:
-        model: a causal language model of transformers; its mode is left as it was.
-        tokens: token ids.
-
-    Returns:
-        (len(tokens), vocabulary), float32.
+    Raises:
+        BaseModelError: it cannot be loaded.
     """
-    device = model.get_input_embeddings().weight.device
-    with answering(model) as causal:
-        found: Logits = causal(input_ids=torch.tensor([list(tokens)], device=device)).logits[0].float().cpu().numpy()
-    return found
+    narrow = "bf16" in precision_named(prepared.precision).compute
+    return load(prepared, compute_dtype="bf16" if narrow else "fp32").model

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from edge_runtime.lora.adapter import Adapter
 from edge_runtime.lora.dense import is_dense
+from export import get
 from export.origin import Origin
 from export.parity import Parity
 from export.usage import USAGE, Usage
@@ -129,20 +130,18 @@ def _parity(form: str, parity: Parity | None) -> str:
     if parity is None:
         return f"Not verified: the export was told not to open `{form}` in its engine."
     found = parity.distance
+    what = "a logit" if math.isfinite(get(form).tolerance) else "the logarithm of a probability"
+    compared = found.positions > 0
+    row = (
+        f"{found.max_logit_diff:.1e}" if compared else "not given by the engine",
+        f"{found.kl:.1e}" if compared else "not given by the engine",
+        f"{100 * parity.agreement:.1f} % of {parity.greedy_tokens}",
+    )
     return (
-        f"Opened in its engine and compared with the live adapter, computed in float32, on {found.positions} positions "
-        "of held-out prompts and their answers. The adapter itself changes logits by up to "
+        "Opened in its engine and compared with the live adapter, computed in float32, on held-out prompts and the "
+        f"answers to them ({found.positions} positions). The adapter itself changes logits by up to "
         f"{parity.effect:.3g}.\n\n"
-        + _table(
-            ("largest difference of a logit", "mean KL divergence (nats)", "same greedy token"),
-            [
-                (
-                    f"{found.max_logit_diff:.1e}",
-                    f"{found.kl:.1e}",
-                    f"{100 * parity.agreement:.1f} % of {parity.greedy_tokens}",
-                )
-            ],
-        )
+        + _table((f"largest difference of {what}", "mean KL divergence (nats)", "same greedy token"), [row])
     )
 
 

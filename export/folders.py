@@ -53,8 +53,9 @@ def writing(folder: Path, *, force: bool) -> Iterator[Path]:
     check_free(folder, force=force)
     part = beside(folder, "part", hidden=True)
     try:
+        part.parent.mkdir(parents=True, exist_ok=True)
         remove(part)
-        part.mkdir(parents=True)
+        part.mkdir()
     except OSError as error:
         raise unwritable(folder, error) from error
     try:
@@ -103,9 +104,15 @@ def _place(part: Path, folder: Path) -> None:
 def _recover(folder: Path) -> None:
     """Bring back what a run had moved aside when it was killed."""
     old = beside(folder, "old", hidden=True)
-    if old.exists() and not folder.exists():
-        old.replace(folder)
-    remove(old)
+    if not old.exists():
+        return
+    try:
+        if folder.exists():
+            remove(old)
+        else:
+            old.replace(folder)
+    except OSError as error:
+        raise unwritable(folder, error) from error
 
 
 def unwritable(folder: Path, error: OSError) -> ExportError:

@@ -40,8 +40,8 @@ def open_engine(subject: Subject, folder: Path) -> Engine:
         BaseModelError: the adapter belongs to another base, or there is none to open it on.
         ExportError: the folder is damaged.
     """
-    from export.attached import attached  # noqa: PLC0415 - a server writes, and has no torch
-    from export.torch_engine import TorchEngine, fresh_base  # noqa: PLC0415 - as above
+    from export.attached import attached, fresh_base  # noqa: PLC0415 - a server writes, and has no torch
+    from export.torch_engine import TorchEngine  # noqa: PLC0415 - as above
 
     found = read_native_folder(folder)
     model = fresh_base(base_of(subject))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_runtime.errors import ExportError
 from export.subject import Logits
@@ -30,6 +31,10 @@ class Distance:
     kl: float
     same_top: float
     positions: int
+
+
+NOWHERE = Distance(0.0, 0.0, 0.0, 0)
+"""Of an engine that says nothing of logits: no position was compared."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,11 @@ def distance(pairs: Iterable[tuple[Logits, Logits]]) -> Distance:
     Args:
         pairs: for each prompt, both logits: (tokens, vocabulary).
 
+    Returns:
+        What there is to say; nothing of no pairs.
+
     Raises:
-        ExportError: nothing to compare, logits of different shapes, or a number that is not finite.
+        ExportError: logits of different shapes, or a number that is not finite.
     """
     largest = divergence = 0.0
     same = positions = 0
@@ -73,7 +81,7 @@ def distance(pairs: Iterable[tuple[Logits, Logits]]) -> Distance:
         same += int(np.sum(live.argmax(axis=1) == found.argmax(axis=1)))
         positions += len(live)
     if not positions:
-        raise ExportError("expected prompts to verify an export with, found none; give --prompts FILE")
+        return NOWHERE
     return Distance(largest, divergence / positions, same / positions, positions)
 
 
@@ -110,10 +118,12 @@ def _alike(found: Sequence[int], expected: Sequence[int]) -> int:
 
 def _divergence(live: Logits, found: Logits) -> float:
     """KL(live ‖ found) at one position, in nats; row by row, because a vocabulary in float64 is large."""
-    p, q = _log_softmax(live), _log_softmax(found)
+    p, q = log_softmax(live), log_softmax(found)
     return float(np.sum(np.exp(p) * (p - q)))
 
 
-def _log_softmax(row: Logits) -> np.ndarray:
+def log_softmax(row: Logits) -> NDArray[np.float64]:
+    """The logarithm of each token's probability at one position: (vocabulary,)."""
     shifted = row.astype(np.float64) - float(row.max())
-    return np.asarray(shifted - np.log(np.sum(np.exp(shifted))))
+    logarithms: NDArray[np.float64] = shifted - np.log(np.sum(np.exp(shifted)))
+    return logarithms

@@ -14,6 +14,7 @@ from edge_runtime.lora.adapter import Adapter, Matrix
 from edge_runtime.lora.dense import is_dense, path_of, tensor_of
 from edge_runtime.lora.files import write_peft_folder
 from export import peft_ia3, peft_prompt
+from export.checks import base_of
 from export.subject import Engine, Subject
 from profiles.light_import import light_import
 
@@ -79,14 +80,15 @@ def open_engine(subject: Subject, folder: Path) -> Engine:
         ExportError: PEFT cannot load it, or the subject has no base with it.
         MissingExtraError: PEFT is not installed.
     """
-    from export.torch_engine import TorchEngine, base_of  # noqa: PLC0415 - a server writes, and has no torch
+    from export.attached import fresh_base  # noqa: PLC0415 - a server writes, and has no torch
+    from export.torch_engine import TorchEngine  # noqa: PLC0415 - as above
 
     try:
         # Lightly, and only here: training needs no PEFT, and should not have it in memory.
         peft = light_import("peft")
     except ImportError as error:
         raise missing_extra("peft", "client") from error
-    base = base_of(subject)
+    base = fresh_base(base_of(subject))
     try:
         return TorchEngine(peft.PeftModel.from_pretrained(base, folder))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -107,7 +109,7 @@ def _magnitudes(subject: Subject) -> dict[str, Matrix]:
     if not changed:
         return {}
     from edge_runtime.train import mixed  # noqa: PLC0415 - a server writes, and has no torch
-    from export.torch_engine import adapted, base_of  # noqa: PLC0415 - as above
+    from export.attached import attached, fresh_base  # noqa: PLC0415 - as above
 
-    known = mixed.of_base(adapted(base_of(subject), subject.adapter, scaling=subject.scaling))
+    known = mixed.of_base(attached(fresh_base(base_of(subject)), subject.adapter, scaling=subject.scaling))
     return {path_of(name): (known[name] + pair.product())[0] for name, pair in changed.items()}

@@ -14,6 +14,7 @@ from edge_runtime.lora.native import is_native_folder, read_native_folder
 from export import origin
 from export.origin import Origin
 from profiles.families import FAMILIES
+from profiles.packaged import ALIASES
 
 _MODULES = ("q_proj", "down_proj")
 """One of which outputs are scaled and one of which inputs are: together they show all that a family can add."""
@@ -68,6 +69,18 @@ def family_of(adapter: Adapter) -> str:
         f"expected the layers of one family of {', '.join(FAMILIES)}; found {sorted(kinds) or 'none'}; "
         "train an adapter first"
     )
+
+
+def base_spec(about: Origin | None, told: str) -> str:
+    """The base model of an adapter in a word that `--base` would take; '' where nobody says which.
+
+    Args:
+        about: where it comes from.
+        told: what its own configuration says.
+    """
+    known = about.base if about is not None else ""
+    # What was written as a name is taken as one, never as a path that happens to be here.
+    return known if known in ALIASES or "/" in known else told
 
 
 def base_named(base: str) -> str:

@@ -7,22 +7,22 @@ logits on disk, and the model is let go before the artefact is opened in its own
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutoTokenizer
 
 from edge_runtime.train import generate, heap, mixed
 from edge_runtime.train.live import LiveModel
-from export.attached import attached, logits
+from export.attached import attached, fresh_base
 from export.checks import base_of
 from export.float32 import in_float32
-from export.parity import Parity, distance, same_choices
+from export.parity import Parity, distance, log_softmax, same_choices
 from export.subject import Engine, Logits, Subject
-from export.torch_engine import fresh_base
 
 PROMPTS = (
     "The capital of France is",
@@ -36,6 +36,8 @@ ANSWER_TOKENS = 16
 PROMPT_TOKENS = 48
 """Of a longer prompt, this many are compared."""
 MOST_PROMPTS = 8
+PROBED = 8
+"""Positions at which an engine without logits is asked for the probabilities of all tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +77,23 @@ def encode(tokenizer: Any, texts: Sequence[str] = PROMPTS) -> tuple[tuple[int, .
     return tuple(tuple(row) for row in rows if row)
 
 
+def logits(model: Any, prompts: Sequence[Sequence[int]]) -> Logits:
+    """The logits after every token of every prompt, each prompt alone.
+
+    Args:
+        model: a causal language model of transformers; its mode is left as it was.
+        prompts: token ids.
+
+    Returns:
+        (tokens of all prompts, vocabulary), float32, in the precision that the model computes in.
+    """
+    device = model.get_input_embeddings().weight.device
+    with generate.answering(model) as causal:
+        found = [causal(input_ids=torch.tensor([list(prompt)], device=device)).logits[0] for prompt in prompts]
+    rows: Logits = torch.cat(found).float().cpu().numpy()
+    return rows
+
+
 def reference_of(
     live: LiveModel, prompts: Sequence[Sequence[int]], scratch: Path, *, count: int = ANSWER_TOKENS
 ) -> Reference:
@@ -95,9 +114,10 @@ def reference_of(
     with in_float32(live.model):
         answers = tuple(generate.generate(live.model, rows, stop=(), max_new_tokens=count))
         for index, (prompt, answer) in enumerate(zip(rows, answers, strict=True)):
-            found = logits(live.model, (*prompt, *answer))
+            row = [(*prompt, *answer)]
+            found = logits(live.model, row)
             with mixed.without_adapter(live):
-                effect = max(effect, float(np.max(np.abs(found - logits(live.model, (*prompt, *answer))))))
+                effect = max(effect, float(np.max(np.abs(found - logits(live.model, row)))))
             file = scratch / f"live-{index}.npy"
             np.save(file, found)
             kept.append(np.load(file, mmap_mode="r"))
@@ -122,13 +142,32 @@ def reference(
         heap.release()
 
 
-def judge(known: Reference, engine: Engine) -> Parity:
+def judge(known: Reference, engine: Engine, *, exact: bool = True) -> Parity:
     """Compare an open artefact with what the live model said.
+
+    Args:
+        known: from `reference` or `reference_of`.
+        engine: the artefact.
+        exact: whether the engine gives logits. Else tokens alone are compared and, where it gives the logarithms of
+            probabilities, these at the first positions: logits up to a constant, at a request each.
 
     Raises:
         ExportError: nothing to compare, logits of another shape, or numbers that are not finite.
     """
-    found = distance(zip(known.live, map(engine.logits, known.rows), strict=True))
+    pairs = zip(known.live, map(engine.logits, known.rows), strict=True) if exact else _probabilities(known, engine)
+    found = distance(pairs)
     total = sum(map(len, known.answers))
     same = sum(map(lambda prompt, answer: same_choices(engine.greedy, prompt, answer), known.prompts, known.answers))
     return Parity(found, same / total if total else 1.0, total, known.effect)
+
+
+def _probabilities(known: Reference, engine: Engine) -> Iterator[tuple[Logits, Logits]]:
+    """Logarithms of probabilities at the first positions of the first prompt, of both; nothing where there are none."""
+    ask = getattr(engine, "log_probabilities", None)
+    if ask is None:
+        return
+    row = known.prompts[0][:PROBED]
+    live = np.stack([log_softmax(logits) for logits in known.live[0][: len(row)]]).astype(np.float32)
+    said = ask(row, live.shape[1])
+    # Of tokens that an engine does not name, it says only that they are less likely than all others.
+    yield live, np.where(np.isfinite(said), said, live)

@@ -215,7 +215,7 @@ def export(
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="Texts to verify with, one a line.")] = None,
     verify: Annotated[bool, typer.Option(help="Open each export in its engine and compare with the adapter.")] = True,
-    force: Annotated[bool, typer.Option("--force", help="Replace earlier exports once the new ones are whole.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace earlier exports once new ones are whole.")] = False,
     config: ConfigFile = None,
     overrides: Overrides = None,
     json: Json = False,

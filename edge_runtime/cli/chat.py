@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,16 +17,21 @@ from edge_runtime import config as settings
 from edge_runtime.cli import shell
 from edge_runtime.errors import ConfigError, ExportError, missing_extra
 from edge_runtime.lora.adapter import Adapter
-from export import get, origin
+from export import get, origin, reading
 from export.card import hub_name
-from export.subject import Subject
-from profiles.packaged import ALIASES
+from export.subject import Engine, Subject
 
 if TYPE_CHECKING:
-    from edge_runtime.train.base import LoadedBase, PreparedBase
+    from edge_runtime.train.base import LoadedBase
 
 ENDS = ("/quit", "/exit")
 FRESH = "/new"
+
+ENGINES: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "onnx": (("onnx-adapter", "adapter.onnx_adapter"), ("onnx", "model.onnx")),
+    "gguf": (("gguf", "adapter.gguf"), ("gguf-merged", "model.gguf")),
+}
+"""Flag → the formats that it opens, each with a file by which its folder is known."""
 
 Reply = Callable[[Sequence[int]], Sequence[int]]
 """Token ids of a prompt → those of its answer."""
@@ -140,28 +145,87 @@ def _opened(order: Order, say: Callable[[str], None]) -> Iterator[tuple[dict[str
         FingerprintMismatchError: it belongs to another base.
         MissingExtraError: its engine is not installed, or torch.
     """
-    given = {name: folder for name in ("adapter", "onnx", "gguf") if (folder := getattr(order, name)) is not None}
-    if len(given) != 1:
-        raise ConfigError("expected one of --adapter, --onnx and --gguf with a folder; give exactly one")
-    ((kind, folder),) = given.items()
+    kind, folder = _chosen(order)
+    about = origin.read(folder)
+    found = reading.read(folder) if kind == "adapter" else None
+    spec = order.base or _base_of(about or (found.origin if found else None), found.base if found else "")
     try:
         from edge_runtime.train.base import load, prepare
         from edge_runtime.train.convert import precision_named
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "torch", "client") from error
-    about = _about(folder)
-    spec = _base_of(order, folder, about)
-    trained_at = about.precision if about is not None and kind == "adapter" else ""
-    precision = order.precision or trained_at or "bf16"
-    prepared = prepare(spec, precision=precision, cache=settings.cache_dir(), say=say)
+    trained_at = about.precision if about is not None and found is not None else ""
+    prepared = prepare(spec, precision=order.precision or trained_at or "bf16", cache=settings.cache_dir(), say=say)
     origin.check(about, prepared.fingerprint, prepared.label)
-    # As an answer is worth no more than its device: in bfloat16 wherever the weights may compute in it.
-    compute = "bf16" if "bf16" in precision_named(precision).compute else "fp32"
-    loaded = load(prepared, compute_dtype=compute)
-    if kind == "adapter":
-        yield _both(loaded, folder, order.max_tokens), loaded.tokenizer
+    narrow = "bf16" in precision_named(prepared.precision).compute
+    loaded = load(prepared, compute_dtype="bf16" if narrow else "fp32")
+    if found is not None:
+        yield _in_one_model(loaded, found, order.max_tokens), loaded.tokenizer
         return
-    with _engine(kind, folder, prepared, spec) as engine:
-        base = _reply_of(loaded, order.max_tokens)
-        ends = _ends(loaded)
-        yield {"base": base, "personal": lambda row: _until(engine.greedy(row, order.max_tokens), ends)}, loaded.tokenizer
+    name = next(name for name, file in ENGINES[kind] if (folder / file).exists())
+    say(f"opening {folder} as {name}")
+    engine = get(name).open_engine(Subject(Adapter({}), 1.0, hub_name(spec), prepared), folder)
+    try:
+        yield _in_two(loaded, engine, order.max_tokens), loaded.tokenizer
+    finally:
+        engine.close()
+
+
+def _chosen(order: Order) -> tuple[str, Path]:
+    """Which of the flags was given, and its folder."""
+    given = {kind: folder for kind in ("adapter", *ENGINES) if (folder := getattr(order, kind)) is not None}
+    if len(given) != 1:
+        raise ConfigError("expected one of --adapter, --onnx and --gguf with a folder; give exactly one")
+    ((kind, folder),) = given.items()
+    if kind in ENGINES and not any((folder / file).exists() for _, file in ENGINES[kind]):
+        files = " or ".join(file for _, file in ENGINES[kind])
+        raise ExportError(f"expected an export for --{kind} in '{folder}', with {files}; found none; export it first")
+    return kind, folder
+
+
+def _base_of(about: origin.Origin | None, told: str) -> str:
+    """The base model, in a word that `--base` would take.
+
+    Raises:
+        ExportError: nobody says which.
+    """
+    found = reading.base_spec(about, told)
+    if not found:
+        known = f"'{about.base}', which is a name and no place" if about is not None and about.base else "nothing"
+        raise ExportError(f"expected to know the base model of this adapter; found {known}; give --base")
+    return found
+
+
+def _in_one_model(loaded: LoadedBase, found: reading.Leaving, count: int) -> dict[str, Reply]:
+    """The base with the adapter in it, switched off for the base's own answers: one model in memory."""
+    from edge_runtime.train import mixed
+    from export.attached import attached
+
+    live = attached(loaded.model, found.adapter, scaling=found.scaling)
+    personal = _reply_of(live.model, loaded.tokenizer, count)
+
+    def base(row: Sequence[int]) -> Sequence[int]:
+        with mixed.without_adapter(live):
+            return personal(row)
+
+    return {"base": base, "personal": personal}
+
+
+def _in_two(loaded: LoadedBase, engine: Engine, count: int) -> dict[str, Reply]:
+    """The base in torch, and the personal adapter in its engine, which goes on behind an end: that is cut off here."""
+    from edge_runtime.train.generate import stop_tokens
+
+    ends = stop_tokens(loaded.model, loaded.tokenizer)
+
+    def personal(row: Sequence[int]) -> Sequence[int]:
+        found = engine.greedy(row, count)
+        return found[: next((index for index, token in enumerate(found) if token in ends), len(found))]
+
+    return {"base": _reply_of(loaded.model, loaded.tokenizer, count), "personal": personal}
+
+
+def _reply_of(model: Any, tokenizer: Any, count: int) -> Reply:
+    from edge_runtime.train.generate import generate, stop_tokens
+
+    stop = stop_tokens(model, tokenizer)
+    return lambda row: generate(model, [row], stop=stop, max_new_tokens=count)[0]

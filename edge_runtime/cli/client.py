@@ -66,8 +66,11 @@ def run(
             state=state,
             trainer=trainer,
             deliver=lambda: delivering.deliver(
-                trainer, device.state_dir / "personal", base=device.base,
-                names={"fleet": fleet, "device": name}, facts=state.fact(FINISHED),
+                trainer,
+                device.state_dir / "personal",
+                base=device.base,
+                names={"fleet": fleet, "device": name},
+                facts=state.fact(FINISHED),
             ),
             say=say,
             watch=watch,

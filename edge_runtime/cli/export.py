@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +15,12 @@ from edge_runtime.cli import leaving as sources
 from edge_runtime.cli import shell
 from edge_runtime.config import Config
 from edge_runtime.errors import ConfigError, DataError, EdgeRuntimeError, ExportError, missing_extra
+from edge_runtime.train.exclusive import remove
 from export import folders, get, origin
 from export.card import hub_name, in_words
 from export.making import Made, make, summary
-from export.reading import Leaving, base_named, family_of
+from export.reading import Leaving, base_named, base_spec, family_of
 from export.subject import Subject
-from profiles.packaged import ALIASES
 
 if TYPE_CHECKING:
     from edge_runtime.train.base import PreparedBase
@@ -109,7 +110,9 @@ def _found(order: Order, config: Config, *, given: bool) -> tuple[Leaving, str]:
         )
     if order.store is not None:
         return sources.of_server(order.store, order.version, config, given=given)
-    return sources.of_device(order.state_dir) if order.state_dir is not None else sources.of_folder(Path(str(order.peft)))
+    return (
+        sources.of_device(order.state_dir) if order.state_dir is not None else sources.of_folder(Path(str(order.peft)))
+    )
 
 
 def _base_of(order: Order, found: Leaving, config: Config) -> str:
@@ -118,17 +121,12 @@ def _base_of(order: Order, found: Leaving, config: Config) -> str:
     Raises:
         ExportError: nobody says which.
     """
-    known = found.origin.base
-    if order.base is not None:
-        return order.base
-    # A name that others gave is taken as a name, never as a path that happens to be here.
-    if known in ALIASES or "/" in known:
-        return known
-    if found.base:
-        return found.base
-    if order.store is not None:
-        return config.device.base
-    raise ExportError(f"expected to know the base model of this adapter; found '{known}'; give --base")
+    named = order.base or base_spec(found.origin, found.base) or (config.device.base if order.store else "")
+    if not named:
+        raise ExportError(
+            f"expected to know the base model of this adapter; found {found.origin.base or 'nothing'}; give --base"
+        )
+    return named
 
 
 def _prepared(order: Order, found: Leaving, spec: str, say: Say) -> tuple[PreparedBase, Leaving]:
@@ -172,9 +170,9 @@ def _make_all(
                 made[name] = error
             else:
                 made[name] = done, time.monotonic() - start
-                say(f"{name}: {_in_words(done)}; read by {get(name).readers}")
+                say(f"{name}: {_in_words(name, done)}; read by {get(name).readers}")
     finally:
-        folders.remove(scratch)
+        remove(scratch)
     return made
 
 
@@ -182,7 +180,7 @@ def _reference(order: Order, config: Config, subject: Subject, scratch: Path, sa
     """What the live model says to the prompts."""
     from export import verify
 
-    folders.remove(scratch)
+    remove(scratch)
     scratch.mkdir()
     prompts, whence = _prompts(order, config, verify.tokenizer_of(subject))
     say(f"computing the live adapter's answers to {len(prompts)} prompts ({whence})")
@@ -215,15 +213,14 @@ def _prompts(order: Order, config: Config, tokenizer: Any) -> tuple[tuple[tuple[
     return verify.encode(tokenizer), "built in; --prompts FILE gives others"
 
 
-def _in_words(made: Made) -> str:
+def _in_words(name: str, made: Made) -> str:
     size = f"{made.folder}, {made.size / MIB:.1f} MiB"
     if made.parity is None:
         return f"{size}, not verified"
-    found = made.parity
-    return (
-        f"{size}, max |Δlogit| {found.distance.max_logit_diff:.1e}, KL {found.distance.kl:.1e}, "
-        f"{100 * found.agreement:.1f} % of {found.greedy_tokens} greedy tokens alike"
-    )
+    found = made.parity.distance
+    what = "|Δlogit|" if math.isfinite(get(name).tolerance) else "|Δ log p|"
+    distance = f"max {what} {found.max_logit_diff:.1e}, KL {found.kl:.1e}, " if found.positions else ""
+    return f"{size}, {distance}{100 * made.parity.agreement:.1f} % of {made.parity.greedy_tokens} greedy tokens alike"
 
 
 def _report(order: Order, made: dict[str, tuple[Made, float] | EdgeRuntimeError]) -> int:

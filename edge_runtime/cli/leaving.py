@@ -1,4 +1,4 @@
-"""The adapter that `edge-runtime export` takes: a server's, a device's, or that of any folder; and what is known of it."""
+"""The adapter that `edge-runtime export` takes: a server's, a device's or a folder's, and what is known of it."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def of_device(folder: Path) -> tuple[Leaving, str]:
     personal = folder / "personal"
     if not personal.is_dir():
         raise ExportError(
-            f"a device's personal adapter was expected in {personal}; found none; it is made when the fleet has finished"
+            f"a device's personal adapter was expected in {personal}; found none; it is made when its fleet ends"
         )
     return read(personal), f"the personal adapter in {personal}"
 
