@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from edge_runtime.lora.adapter import Adapter
 from edge_runtime.lora.dense import is_dense
-from export import get
 from export.origin import Origin
 from export.parity import Parity
 from export.usage import USAGE, Usage
@@ -130,13 +129,9 @@ def _parity(form: str, parity: Parity | None) -> str:
     if parity is None:
         return f"Not verified: the export was told not to open `{form}` in its engine."
     found = parity.distance
-    what = "a logit" if math.isfinite(get(form).tolerance) else "the logarithm of a probability"
-    compared = found.positions > 0
-    row = (
-        f"{found.max_logit_diff:.1e}" if compared else "not given by the engine",
-        f"{found.kl:.1e}" if compared else "not given by the engine",
-        f"{100 * parity.agreement:.1f} % of {parity.greedy_tokens}",
-    )
+    what = "a logit" if parity.of_logits else "the logarithm of a probability"
+    agreed = f"{100 * parity.agreement:.1f} % of {parity.greedy_tokens}"
+    row = (f"{found.max_logit_diff:.1e}", f"{found.kl:.1e}", agreed)
     return (
         "Opened in its engine and compared with the live adapter, computed in float32, on held-out prompts and the "
         f"answers to them ({found.positions} positions). The adapter itself changes logits by up to "

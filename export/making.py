@@ -95,18 +95,16 @@ def good(form: Format, found: Parity) -> bool:
 
 def summary(name: str, form: Format, found: Parity) -> dict[str, Any]:
     """What `parity.json` says; what has no limit has null."""
-    exact = math.isfinite(form.tolerance)
-    compared = found.distance.positions > 0
     return {
         "format": name,
         "good": good(form, found),
-        "max_logit_diff" if exact else "max_log_probability_diff": found.distance.max_logit_diff if compared else None,
-        "tolerance": form.tolerance if exact else None,
-        "kl_nats": found.distance.kl if compared else None,
+        "max_logit_diff" if found.of_logits else "max_log_probability_diff": found.distance.max_logit_diff,
+        "tolerance": form.tolerance if math.isfinite(form.tolerance) else None,
+        "kl_nats": found.distance.kl,
         "greedy_agreement": found.agreement,
         "least_agreement": form.agreement,
         "greedy_tokens": found.greedy_tokens,
-        "same_top": found.distance.same_top if compared else None,
+        "same_top": found.distance.same_top,
         "positions": found.distance.positions,
         "effect_of_the_adapter": found.effect,
     }
@@ -118,7 +116,7 @@ def _verified(form: Format, subject: Subject, part: Path, folder: Path, known: R
     try:
         engine = form.open_engine(subject, part)
         try:
-            return judge(known, engine, exact=math.isfinite(form.tolerance))
+            return judge(known, engine)
         finally:
             engine.close()
     except MissingExtraError as error:

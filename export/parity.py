@@ -33,10 +33,6 @@ class Distance:
     positions: int
 
 
-NOWHERE = Distance(0.0, 0.0, 0.0, 0)
-"""Of an engine that says nothing of logits: no position was compared."""
-
-
 @dataclass(frozen=True)
 class Parity:
     """What a verification found.
@@ -46,12 +42,15 @@ class Parity:
         agreement: share of the live model's greedy tokens that the engine, in the same context, chooses as well.
         greedy_tokens: tokens so compared.
         effect: largest absolute change that the adapter makes to a logit: an agreement means little without one.
+        of_logits: whether the distance is of logits; else of the logarithms of probabilities, which are logits up to a
+            constant.
     """
 
     distance: Distance
     agreement: float
     greedy_tokens: int
     effect: float
+    of_logits: bool = True
 
 
 def distance(pairs: Iterable[tuple[Logits, Logits]]) -> Distance:
@@ -60,11 +59,8 @@ def distance(pairs: Iterable[tuple[Logits, Logits]]) -> Distance:
     Args:
         pairs: for each prompt, both logits: (tokens, vocabulary).
 
-    Returns:
-        What there is to say; nothing of no pairs.
-
     Raises:
-        ExportError: logits of different shapes, or a number that is not finite.
+        ExportError: nothing to compare, logits of different shapes, or a number that is not finite.
     """
     largest = divergence = 0.0
     same = positions = 0
@@ -81,7 +77,7 @@ def distance(pairs: Iterable[tuple[Logits, Logits]]) -> Distance:
         same += int(np.sum(live.argmax(axis=1) == found.argmax(axis=1)))
         positions += len(live)
     if not positions:
-        return NOWHERE
+        raise ExportError("expected prompts to verify an export with, found none; give --prompts FILE")
     return Distance(largest, divergence / positions, same / positions, positions)
 
 

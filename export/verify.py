@@ -7,7 +7,7 @@ logits on disk, and the model is let go before the artefact is opened in its own
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,30 +142,30 @@ def reference(
         heap.release()
 
 
-def judge(known: Reference, engine: Engine, *, exact: bool = True) -> Parity:
+def judge(known: Reference, engine: Engine) -> Parity:
     """Compare an open artefact with what the live model said.
 
-    Args:
-        known: from `reference` or `reference_of`.
-        engine: the artefact.
-        exact: whether the engine gives logits. Else tokens alone are compared and, where it gives the logarithms of
-            probabilities, these at the first positions: logits up to a constant, at a request each.
+    An engine that has no logits has `log_probabilities` (tokens, vocabulary). Each position is a request to it, so few
+    are compared.
 
     Raises:
         ExportError: nothing to compare, logits of another shape, or numbers that are not finite.
     """
-    pairs = zip(known.live, map(engine.logits, known.rows), strict=True) if exact else _probabilities(known, engine)
+    ask = getattr(engine, "log_probabilities", None)
+    pairs = _logits(known, engine) if ask is None else _probabilities(known, ask)
     found = distance(pairs)
     total = sum(map(len, known.answers))
     same = sum(map(lambda prompt, answer: same_choices(engine.greedy, prompt, answer), known.prompts, known.answers))
-    return Parity(found, same / total if total else 1.0, total, known.effect)
+    return Parity(found, same / total if total else 1.0, total, known.effect, of_logits=ask is None)
 
 
-def _probabilities(known: Reference, engine: Engine) -> Iterator[tuple[Logits, Logits]]:
-    """Logarithms of probabilities at the first positions of the first prompt, of both; nothing where there are none."""
-    ask = getattr(engine, "log_probabilities", None)
-    if ask is None:
-        return
+def _logits(known: Reference, engine: Engine) -> Iterator[tuple[Logits, Logits]]:
+    for live, row in zip(known.live, known.rows, strict=True):
+        yield live, engine.logits(row)
+
+
+def _probabilities(known: Reference, ask: Callable[[Sequence[int], int], Logits]) -> Iterator[tuple[Logits, Logits]]:
+    """Logarithms of probabilities at the first positions of the first prompt, of both."""
     row = known.prompts[0][:PROBED]
     live = np.stack([log_softmax(logits) for logits in known.live[0][: len(row)]]).astype(np.float32)
     said = ask(row, live.shape[1])

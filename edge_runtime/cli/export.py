@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -170,7 +169,7 @@ def _make_all(
                 made[name] = error
             else:
                 made[name] = done, time.monotonic() - start
-                say(f"{name}: {_in_words(name, done)}; read by {get(name).readers}")
+                say(f"{name}: {_in_words(done)}; read by {get(name).readers}")
     finally:
         remove(scratch)
     return made
@@ -213,14 +212,16 @@ def _prompts(order: Order, config: Config, tokenizer: Any) -> tuple[tuple[tuple[
     return verify.encode(tokenizer), "built in; --prompts FILE gives others"
 
 
-def _in_words(name: str, made: Made) -> str:
+def _in_words(made: Made) -> str:
     size = f"{made.folder}, {made.size / MIB:.1f} MiB"
     if made.parity is None:
         return f"{size}, not verified"
     found = made.parity.distance
-    what = "|Δlogit|" if math.isfinite(get(name).tolerance) else "|Δ log p|"
-    distance = f"max {what} {found.max_logit_diff:.1e}, KL {found.kl:.1e}, " if found.positions else ""
-    return f"{size}, {distance}{100 * made.parity.agreement:.1f} % of {made.parity.greedy_tokens} greedy tokens alike"
+    what = "|Δlogit|" if made.parity.of_logits else "|Δ log p|"
+    return (
+        f"{size}, max {what} {found.max_logit_diff:.1e}, KL {found.kl:.1e}, "
+        f"{100 * made.parity.agreement:.1f} % of {made.parity.greedy_tokens} greedy tokens alike"
+    )
 
 
 def _report(order: Order, made: dict[str, tuple[Made, float] | EdgeRuntimeError]) -> int:

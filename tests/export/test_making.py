@@ -158,23 +158,21 @@ def test_without_verification_no_engine_is_opened_and_the_card_says_so(register:
     assert "Not verified" in (made.folder / "README.md").read_text()
 
 
-def test_where_agreement_alone_judges_no_logit_is_asked_for(register: Register, tmp_path: Path) -> None:
-    class Silent(Fake):
-        def logits(self, _tokens: Sequence[int]) -> Logits:
-            raise AssertionError("this engine has no logits")
-
-    register(Silent(LIVE), tolerance=math.inf, agreement=0.95)
+def test_where_agreement_alone_judges_no_distance_is_too_large(register: Register, tmp_path: Path) -> None:
+    register(Fake(LIVE + np.float32(9.0)), tolerance=math.inf, agreement=0.95)
     make("peft", SUBJECT, tmp_path / "peft", ABOUT, KNOWN)
     told = json.loads((tmp_path / "peft" / "parity.json").read_text())
 
     assert told["good"] is True
-    assert told["max_log_probability_diff"] is told["tolerance"] is told["kl_nats"] is None
+    assert told["max_logit_diff"] == pytest.approx(9.0)
+    assert told["tolerance"] is None
 
 
 def test_an_engine_of_probabilities_is_asked_for_those(register: Register, tmp_path: Path) -> None:
     class Probable(Fake):
         def log_probabilities(self, tokens: Sequence[int], vocabulary: int) -> Logits:
             assert vocabulary == LIVE.shape[1]
+            assert tokens == KNOWN.prompts[0]
             shifted = np.exp(LIVE[: len(tokens)])
             found = np.log(shifted / shifted.sum(1, keepdims=True)) + np.float32(0.01)
             found[:, 0] = -np.inf  # a token that the engine does not name

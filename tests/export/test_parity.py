@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from edge_runtime.errors import ExportError
-from export.parity import NOWHERE, distance, log_softmax, same_choices
+from export.parity import distance, log_softmax, same_choices
 
 ROWS = arrays(np.float32, (3, 5), elements=st.floats(-30, 30, width=32))
 TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=12)
@@ -55,7 +55,8 @@ def test_logits_that_cannot_be_compared_are_an_error() -> None:
         distance([(good, np.zeros((2, 4), np.float32))])
     with pytest.raises(ExportError, match="finite"):
         distance([(good, np.full((2, 3), np.nan, np.float32))])
-    assert distance([]) == NOWHERE
+    with pytest.raises(ExportError, match="--prompts"):
+        distance([])
 
 
 @given(TOKENS, TOKENS)
