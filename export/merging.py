@@ -62,7 +62,7 @@ def merged(subject: Subject) -> Checkpoint:
     _check_kinds(subject.adapter)
     base = original(subject)
     config = _with_biases(base.config, subject.adapter)
-    model = _model_of(config)
+    model = model_of(config)
     _check_layers(subject.adapter, base, model)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     added = tuple(name for name in shapes if name.endswith(".bias") and name not in base.names)
@@ -135,10 +135,11 @@ def _with_biases(config: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
 
 
 def _biases(config: Mapping[str, Any]) -> set[str]:
-    return {name.removesuffix(".bias") for name, _ in _model_of(config).named_parameters() if name.endswith(".bias")}
+    return {name.removesuffix(".bias") for name, _ in model_of(config).named_parameters() if name.endswith(".bias")}
 
 
-def _model_of(config: Mapping[str, Any]) -> Any:
+def model_of(config: Mapping[str, Any]) -> Any:
+    """The model that a configuration describes, without memory for its weights; errors as of `convert.skeleton`."""
     with TemporaryDirectory() as folder:
         (Path(folder) / CONFIG).write_text(json.dumps(dict(config)), encoding="utf-8")
         return skeleton(Path(folder))

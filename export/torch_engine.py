@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from edge_runtime.train.base import PreparedBase, load
-from edge_runtime.train.convert import precision_named
 from edge_runtime.train.generate import answering, generate
 from export.float32 import in_float32
 from export.subject import Logits
@@ -47,14 +45,3 @@ class TorchEngine:
 
     def _row(self, tokens: Sequence[int]) -> torch.Tensor:
         return torch.tensor([list(tokens)], device=self.model.get_input_embeddings().weight.device)
-
-
-def fresh_base(prepared: PreparedBase) -> Any:
-    """A base model for an adapter to be loaded onto, as narrow as its weights are stored.
-
-    Raises:
-        BaseModelError: it cannot be loaded.
-    """
-    # Computing in bfloat16 would round what float16 keeps of the embedding, which no later widening brings back.
-    narrow = precision_named(prepared.precision).plain == torch.bfloat16
-    return load(prepared, compute_dtype="bf16" if narrow else "fp32").model

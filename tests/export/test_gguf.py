@@ -84,7 +84,7 @@ def test_rows_in_another_order_do_not_agree(base: Prepare, tmp_path: Path, monke
     assert distance(found, exported(found, tmp_path / "out")) > 1e-2
 
 
-@pytest.mark.parametrize("precision", ["nf4", "int8", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["nf4", "int8", "bf16"])
 def test_it_is_verified_on_the_weights_that_the_live_model_has(base: Prepare, tmp_path: Path, precision: str) -> None:
     pytest.importorskip("xllamacpp")
     prepared = base("llama", precision=precision)

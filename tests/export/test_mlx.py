@@ -51,7 +51,7 @@ def test_mlx_computes_what_the_live_model_computes(base: Prepare, tmp_path: Path
     engine.close()
 
 
-@pytest.mark.parametrize("precision", ["nf4", "int8", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["nf4", "int8", "bf16"])
 def test_it_is_verified_on_the_weights_that_the_live_model_has(base: Prepare, tmp_path: Path, precision: str) -> None:
     pytest.importorskip("mlx_lm")
     prepared = base("llama", precision=precision)
