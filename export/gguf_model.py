@@ -147,7 +147,8 @@ def _block_type(checkpoint: Checkpoint, name: str, block_type: str) -> Any:
 
 def _stored(checkpoint: Checkpoint, name: str, kind: Any) -> Any:
     """A tensor as it goes into the file: its rows in GGUF's order, in the block type."""
-    parts = [gguf.quantize(rows.float().numpy(), kind) for _, rows in checkpoint.pieces(name)]
+    with np.errstate(over="ignore"):  # what is too large is an error below
+        parts = [gguf.quantize(rows.float().numpy(), kind) for _, rows in checkpoint.pieces(name)]
     whole = np.concatenate(parts).reshape(checkpoint.shape(name))
     if not np.isfinite(whole).all():
         raise ExportError(f"a weight of '{name}' is not finite, or too large for {kind.name}; use another base model")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+import torch
 
 from edge_runtime.errors import ExportError, missing_extra
 from export.subject import Logits
@@ -54,18 +54,13 @@ def open_llama(model: Path, adapter: Path | None = None, *, on_close: Callable[[
     params.warmup, params.verbosity = False, -1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = _threads()
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
     try:
         server = xllamacpp.Server(params)
     except RuntimeError as error:
         files = str(model) if adapter is None else f"{model} and {adapter}"
         raise ExportError(f"expected llama.cpp to open {files}; found: {str(error).strip()}; export again") from error
     return LlamaEngine(server, on_close)
-
-
-def _threads() -> int:
-    told = os.environ.get("OMP_NUM_THREADS", "")
-    return int(told) if told.isdigit() else os.cpu_count() or 1
 
 
 @dataclass(eq=False)

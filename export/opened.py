@@ -6,6 +6,7 @@ where the engine cannot read the prepared base itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from edge_runtime.errors import missing_extra
@@ -43,7 +44,7 @@ def open_prepared(prepared: PreparedBase) -> Checkpoint:
     return Checkpoint(config, tuple(found), found.__getitem__, rows, stored.write_companions)
 
 
-def _parameters(model: Any) -> Any:
+def _parameters(model: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name → shape, as a plain model has it; a 4-bit weight knows its own only in its state."""
     for name, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None)

@@ -67,30 +67,29 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """Values of `tokenizer.ggml.token_type`."""
 
 
+_OF_BLOCK = {theirs: ours for ours, theirs in BLOCK.items()}
+_OF_TOP = {theirs: ours for ours, theirs in TOP.items()}
+
+
 def to_transformers(name: str) -> str | None:
     """The name that transformers has for a tensor in a GGUF file; None for one that this table does not know."""
-    block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    top = re.fullmatch(r"(\w+)\.(weight|bias)", name)
-    if block and block[2] in BLOCK:
-        return f"model.layers.{block[1]}.{BLOCK[block[2]]}.{block[3]}"
-    if top and top[1] in TOP:
-        return f"{TOP[top[1]]}.{top[2]}"
-    return None
+    return _renamed(name, ("blk", BLOCK, TOP), "model.layers")
 
 
 def to_gguf(name: str) -> str | None:
     """The name that GGUF has for one of transformers' tensors; None for one that this table does not know."""
-    block = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
-    top = re.fullmatch(r"(.+)\.(weight|bias)", name)
-    if block and block[2] in _OF_BLOCK:
-        return f"blk.{block[1]}.{_OF_BLOCK[block[2]]}.{block[3]}"
-    if top and top[1] in _OF_TOP:
-        return f"{_OF_TOP[top[1]]}.{top[2]}"
-    return None
+    return _renamed(name, ("model.layers", _OF_BLOCK, _OF_TOP), "blk")
 
 
-_OF_BLOCK = {theirs: ours for ours, theirs in BLOCK.items()}
-_OF_TOP = {theirs: ours for ours, theirs in TOP.items()}
+def _renamed(name: str, known: tuple[str, Mapping[str, str], Mapping[str, str]], blocks: str) -> str | None:
+    before, of_block, of_top = known
+    found = re.fullmatch(rf"(?:{re.escape(before)}\.(\d+)\.)?(.+)\.(weight|bias)", name)
+    if found is None:
+        return None
+    index, part, kind = found.groups()
+    if index is None:
+        return f"{of_top[part]}.{kind}" if part in of_top else None
+    return f"{blocks}.{index}.{of_block[part]}.{kind}" if part in of_block else None
 
 
 def paired_heads(architecture: str, config: Mapping[str, Any]) -> dict[str, int]:
