@@ -72,6 +72,22 @@ FORMATS: dict[str, Format] = {
         "export.merged", "transformers, vLLM and whatever else reads a Hugging Face folder",
         needs_base=True, tolerance=1.0, agreement=0.95, extra="client",
     ),
+    "onnx": _format(
+        "export.onnx", "ONNX Runtime and optimum; nothing of torch",
+        needs_base=True, tolerance=1e-3, extra="export",
+    ),
+    "onnx-int8": _format(
+        "export.onnx", "ONNX Runtime, at a quarter of the bytes of linear layers",
+        needs_base=True, tolerance=math.inf, agreement=0.9, extra="export", weights="int8",
+    ),
+    "onnx-int4": _format(
+        "export.onnx", "ONNX Runtime, at an eighth of the bytes of linear layers",
+        needs_base=True, tolerance=math.inf, agreement=0.7, extra="export", weights="int4",
+    ),
+    "onnx-adapter": _format(
+        "export.onnx_adapter", "ONNX Runtime, which takes many adapters in one session",
+        needs_base=True, tolerance=1e-3, extra="export",
+    ),
     "gguf": _format(
         "export.gguf", "llama.cpp and Ollama, beside the base model in GGUF",
         needs_base=True, tolerance=math.inf, agreement=0.95, extra="verify",

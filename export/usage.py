@@ -58,10 +58,10 @@ USAGE: Mapping[str, Usage] = {
     "peft": Usage("peft", (Engine("PEFT", "python", _PEFT), Engine("vLLM", "sh", _VLLM), _CHAT)),
     "native": Usage("edge-runtime", (_CHAT,)),
     "merged": Usage("transformers", (Engine("transformers", "python", _TRANSFORMERS),)),
-    "onnx": Usage("optimum", (
+    **dict.fromkeys(("onnx", "onnx-int8", "onnx-int4"), Usage("optimum", (
         Engine("ONNX Runtime, through optimum", "python", _ONNX),
         Engine("This runtime", "sh", "edge-runtime chat --onnx path/to/this/folder"),
-    )),
+    ))),
     "onnx-adapter": Usage("onnxruntime", (
         Engine("ONNX Runtime", "python", _ONNX_ADAPTER),
         Engine("This runtime", "sh", "edge-runtime chat --onnx path/to/this/folder"),
