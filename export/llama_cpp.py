@@ -1,16 +1,22 @@
 """llama.cpp in this process, through xllamacpp: opens a GGUF model, with an adapter or without, and continues tokens.
 
-It is set to be compared: keys and values in float32, attention as it is written down, one thread of requests. What it
+It is set to be compared: keys and values in float32, attention as it is written down, one request at a time. What it
 gives of a position are probabilities, not logits: these are known up to a constant, so token agreement judges.
+
+Requests go to llama.cpp's own server, which xllamacpp runs in this process and which listens on loopback alone. Its
+Python method answers as OpenAI does, with text, and leaves out a token that ends within a character.
 """
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -24,6 +30,8 @@ except ModuleNotFoundError as missing:
 
 CONTEXT = 2048
 """Tokens of a prompt and its continuation, at most; their keys and values are allocated when a model is opened."""
+_PLAIN_NEXT = [["a", 1e4]]
+# Added to the logits after their probabilities were taken: of a token that ends within a character, none would be said.
 
 
 def open_llama(model: Path, adapter: Path | None = None, *, on_close: Callable[[], None] = lambda: None) -> LlamaEngine:
@@ -80,15 +88,15 @@ class LlamaEngine:
 
         Args:
             tokens: the prompt. Each of its beginnings is a request, which reuses the cache of the one before.
-            vocabulary: tokens that the model knows.
+            vocabulary: rows of the model's embedding.
 
         Returns:
             (len(tokens), vocabulary), float32: the logits less one constant for each position.
         """
         found = np.full((len(tokens), vocabulary), -np.inf, np.float32)
         for position in range(len(tokens)):
-            (said,) = self._completed(tokens[: position + 1], 1, likeliest=vocabulary)
-            for each in said["top_logprobs"]:
+            answer = self._completed(tokens[: position + 1], 1, n_probs=vocabulary, logit_bias=_PLAIN_NEXT)
+            for each in answer["completion_probabilities"][0]["top_logprobs"]:
                 found[position, each["id"]] = each["logprob"]
         return found
 
@@ -100,30 +108,45 @@ class LlamaEngine:
         """
         found: list[int] = []
         while len(found) < count:
-            said = self._completed([*tokens, *found], count - len(found), likeliest=1)
-            found += [int(each["id"]) for each in said]
+            more = self._completed([*tokens, *found], count - len(found))["tokens"]
+            if not more:
+                raise ExportError(f"expected llama.cpp to continue {len(tokens)} tokens by {count}; it stops at none")
+            found += more
         return found
+
+    def tokens_of(self, text: str) -> list[int]:
+        """A text as llama.cpp's own tokenizer cuts it, without a token before or after it."""
+        answer = self._answer("/tokenize", {"content": text, "add_special": False, "parse_special": True})
+        return [int(token) for token in answer["tokens"]]
 
     def close(self) -> None:
         """End the server's threads and give the model's memory back."""
         self.server = None
         self.on_close()
 
-    def _completed(self, prompt: Sequence[int], count: int, *, likeliest: int) -> list[dict[str, Any]]:
-        """What is said of each new token: at least one, fewer than `count` where one of them ends an answer."""
-        request = {
-            "prompt": list(prompt),
-            "max_tokens": count,
-            "temperature": 0,
-            "n_probs": likeliest,
-            "cache_prompt": True,
-        }
-        answer = self.server.handle_completions(request)
+    def _completed(self, prompt: Sequence[int], count: int, **more: Any) -> dict[str, Any]:
+        """The server's answer: with fewer than `count` tokens where one of them ends an answer."""
+        return self._answer(
+            "/completion",
+            {
+                "prompt": list(prompt),
+                "n_predict": count,
+                "temperature": 0,
+                "return_tokens": True,
+                "cache_prompt": True,
+                **more,
+            },
+        )
+
+    def _answer(self, path: str, request: dict[str, Any]) -> dict[str, Any]:
+        connection = http.client.HTTPConnection(urlsplit(self.server.listening_address).netloc)
+        try:
+            connection.request("POST", path, json.dumps(request), {"Content-Type": "application/json"})
+            answer: dict[str, Any] = json.loads(connection.getresponse().read())
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise ExportError(f"expected llama.cpp to answer {path}; found: {error!r}; try again") from error
+        finally:
+            connection.close()
         if "error" in answer:
-            raise ExportError(
-                f"expected llama.cpp to continue {len(prompt)} tokens; found: {answer['error']['message']}"
-            )
-        said: list[dict[str, Any]] = answer["choices"][0]["logprobs"]["content"]
-        if not said:
-            raise ExportError(f"expected llama.cpp to continue {len(prompt)} tokens by {count}; found none")
-        return said
+            raise ExportError(f"expected llama.cpp to answer {path}; found: {answer['error']['message']}")
+        return answer
