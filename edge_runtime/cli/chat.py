@@ -18,7 +18,6 @@ from edge_runtime.cli import shell
 from edge_runtime.errors import ConfigError, ExportError, missing_extra
 from edge_runtime.lora.adapter import Adapter
 from export import get, origin, reading
-from export.card import hub_name
 from export.subject import Engine, Subject
 
 if TYPE_CHECKING:
@@ -164,7 +163,7 @@ def _opened(order: Order, say: Callable[[str], None]) -> Iterator[tuple[dict[str
         return
     name = next(name for name, file in ENGINES[kind] if (folder / file).exists())
     say(f"opening {folder} as {name}")
-    engine = get(name).open_engine(Subject(Adapter({}), 1.0, hub_name(spec), prepared), folder)
+    engine = get(name).open_engine(Subject(Adapter({}), 1.0, spec, prepared), folder)
     try:
         yield _in_two(loaded, engine, order.max_tokens), loaded.tokenizer
     finally:

@@ -16,7 +16,7 @@ from edge_runtime.config import Config
 from edge_runtime.errors import ConfigError, DataError, EdgeRuntimeError, ExportError, missing_extra
 from edge_runtime.train.exclusive import remove
 from export import folders, get, origin
-from export.card import hub_name, in_words
+from export.card import in_words
 from export.making import Made, make, summary
 from export.reading import Leaving, base_named, base_spec, family_of
 from export.subject import Subject
@@ -88,7 +88,7 @@ def run(order: Order, file: Path | None, overrides: Sequence[str]) -> int:
     prepared = None
     if order.verify or any(get(name).needs_base for name in order.names):
         prepared, found = _prepared(order, found, spec, say)
-    subject = Subject(found.adapter, found.scaling, hub_name(spec), prepared, family_of(found.adapter))
+    subject = Subject(found.adapter, found.scaling, spec, prepared, family_of(found.adapter))
     for name in order.names:
         get(name).refuse(subject)
         folders.check_free(order.out / name, force=order.force)
