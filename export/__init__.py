@@ -88,6 +88,10 @@ FORMATS: dict[str, Format] = {
         "export.onnx_adapter", "ONNX Runtime, which takes many adapters in one session",
         needs_base=True, tolerance=1e-3, extra="export",
     ),
+    "openvino": _format(
+        "export.openvino", "OpenVINO, on Intel's processors, graphics and NPUs",
+        needs_base=True, tolerance=1e-3, extra="openvino",
+    ),
     "gguf": _format(
         "export.gguf", "llama.cpp and Ollama, beside the base model in GGUF",
         needs_base=True, tolerance=math.inf, agreement=0.95, extra="verify",

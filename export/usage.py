@@ -43,6 +43,10 @@ from transformers import AutoTokenizer
 
 model = ORTModelForCausalLM.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")"""
+_OPENVINO = """\
+import openvino
+
+model = openvino.Core().compile_model("path/to/this/folder/openvino_model.xml", "CPU")     # or GPU, NPU"""
 _ONNX_ADAPTER = """\
 import onnxruntime as ort
 
@@ -66,6 +70,7 @@ USAGE: Mapping[str, Usage] = {
         Engine("ONNX Runtime", "python", _ONNX_ADAPTER),
         Engine("This runtime", "sh", "edge-runtime chat --onnx path/to/this/folder"),
     )),
+    "openvino": Usage("openvino", (Engine("OpenVINO", "python", _OPENVINO),)),
     "gguf": Usage("gguf", (
         Engine("llama.cpp", "sh", "llama-cli -m base.gguf --lora path/to/this/folder/adapter.gguf"),
         Engine("Ollama", "sh", "cd path/to/this/folder && ollama create personal -f Modelfile && ollama run personal"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -80,6 +81,8 @@ def run(order: Order, file: Path | None, overrides: Sequence[str]) -> int:
         raise ConfigError("--format takes at least one name, such as peft")
     for name in order.names:
         get(name)
+    # Libraries that set logging up when they are imported let every file that gguf writes be told.
+    logging.getLogger("gguf").setLevel(logging.WARNING)
     config = settings.load(file, overrides)
     say = shell.logger("export", as_json=order.json)
     found, what = _found(order, config, given=bool(file or overrides))
