@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
+from rich.text import Text
 
 from edge_runtime import config as settings
 from edge_runtime.cli import shell
@@ -128,10 +129,7 @@ def _show(console: Console, answers: dict[str, str], *, as_json: bool) -> None:
         return
     width = max(20, (console.width - 2) // len(answers))
     # A model may say anything: its words are no markup.
-    console.print(
-        Columns([Panel(console.render_str(answer, markup=False, highlight=False), title=name, width=width)
-                 for name, answer in answers.items()])
-    )  # fmt: skip
+    console.print(Columns(Panel(Text(answer), title=name, width=width) for name, answer in answers.items()))
 
 
 @contextmanager
