@@ -59,6 +59,7 @@ def _format(
     )
 
 
+# Other engines add in another order: on SmolLM2-135M, whose logits reach 34, that alone makes 1.5e-4 of a logit.
 FORMATS: dict[str, Format] = {
     "peft": _format(
         "export.peft", "PEFT, transformers, vLLM and whatever else reads adapter_model.safetensors",
@@ -101,7 +102,7 @@ FORMATS: dict[str, Format] = {
         needs_base=True, tolerance=math.inf, agreement=0.95, extra="verify",
     ),
     "mlx": _format(
-        "export.mlx", "mlx-lm, beside the base model", needs_base=True, tolerance=1e-4, extra="verify",
+        "export.mlx", "mlx-lm, beside the base model", needs_base=True, tolerance=1e-3, extra="verify",
     ),
 }  # fmt: skip
 

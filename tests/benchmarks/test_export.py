@@ -31,7 +31,7 @@ def all_good() -> list[Row]:
 
 
 def met(rows: list[Row], capsys: pytest.CaptureFixture[str]) -> bool:
-    reached = result("export", figures(rows), GOALS)
+    reached: bool = result("export", figures(rows), GOALS)
     assert json.loads(capsys.readouterr().out.removeprefix("RESULT "))["met"] is reached
     return reached
 
