@@ -31,8 +31,8 @@ def all_good() -> list[Row]:
 
 
 def met(rows: list[Row], capsys: pytest.CaptureFixture[str]) -> bool:
-    reached: bool = result("export", figures(rows), GOALS)
-    assert json.loads(capsys.readouterr().out.removeprefix("RESULT "))["met"] is reached
+    reached = result("export", figures(rows), GOALS)
+    assert json.loads(capsys.readouterr().out.removeprefix("RESULT "))["met"] == reached
     return reached
 
 
