@@ -15,7 +15,6 @@ from edge_runtime.cli import leaving as sources
 from edge_runtime.cli import shell
 from edge_runtime.config import Config
 from edge_runtime.errors import ConfigError, DataError, EdgeRuntimeError, ExportError, missing_extra
-from edge_runtime.train.exclusive import remove
 from export import folders, get, origin
 from export.card import in_words
 from export.making import Made, make, summary
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
     from export.verify import Reference
 
 MIB = 2**20
-SCRATCH = ".logits"
-"""Where the live model's logits lie while formats are compared with them."""
-
 Say = Callable[[str], None]
 
 
@@ -159,9 +155,8 @@ def _make_all(
     order: Order, config: Config, subject: Subject, about: origin.Origin, say: Say
 ) -> dict[str, tuple[Made, float] | EdgeRuntimeError]:
     """Format → what was made and in how many seconds, or why it was not."""
-    scratch = order.out / SCRATCH
     made: dict[str, tuple[Made, float] | EdgeRuntimeError] = {}
-    try:
+    with folders.scratch(order.out) as scratch:
         known = _reference(order, config, subject, scratch, say) if order.verify else None
         for name in order.names:
             start = time.monotonic()
@@ -173,8 +168,6 @@ def _make_all(
             else:
                 made[name] = done, time.monotonic() - start
                 say(f"{name}: {_in_words(done)}; read by {get(name).readers}")
-    finally:
-        remove(scratch)
     return made
 
 
@@ -182,8 +175,6 @@ def _reference(order: Order, config: Config, subject: Subject, scratch: Path, sa
     """What the live model says to the prompts."""
     from export import verify
 
-    remove(scratch)
-    scratch.mkdir()
     prompts, whence = _prompts(order, config, verify.tokenizer_of(subject))
     say(f"computing the live adapter's answers to {len(prompts)} prompts ({whence})")
     return verify.reference(subject, prompts, scratch)
