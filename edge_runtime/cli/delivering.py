@@ -56,7 +56,9 @@ def deliver(trainer: LocalTrainer, folder: Path, *, base: str, names: Mapping[st
             made = make(form, subject, folder, about, known, force=True, more=more)
     except DeviceMemoryError as error:
         # A smaller plan would not help: what is verified is the base itself.
-        raise ExportError(f"{error}; free memory and start again") from error
+        raise ExportError(
+            f"{error}; what was written, if it was, is in {folder}.unverified; free memory and start again"
+        ) from error
     return Delivered(str(folder), made.parity.distance.max_logit_diff if made.parity else 0.0)
 
 
