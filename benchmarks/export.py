@@ -11,6 +11,7 @@ one machine; differences are not.
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import shutil
 import statistics
@@ -85,6 +86,8 @@ def main() -> int:
     parser.add_argument("--cases", default=",".join(("SmolLM2-135M", *SHAPES)), help="with commas; all when absent")
     parser.add_argument("--out", type=Path, default=Path("edge-exports"))
     options = parser.parse_args()
+    # Libraries that set logging up when they are imported let every file that gguf writes be told.
+    logging.getLogger("gguf").setLevel(logging.WARNING)
     shutil.rmtree(options.out, ignore_errors=True)
     options.out.mkdir(parents=True)
     rows = []

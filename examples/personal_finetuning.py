@@ -16,8 +16,7 @@ from edge_runtime.errors import EdgeRuntimeError
 from edge_runtime.train import base, data, families, fresh, generate, loop, metrics, trackers
 from edge_runtime.train.generate import Decoding
 from edge_runtime.train.live import LiveModel
-from export import peft
-from export.subject import Subject
+from export import peft, subject
 
 SCALING = 2.0  # PEFT's lora_alpha / r
 LENGTH = 128  # tokens of an example, at most
@@ -70,7 +69,7 @@ def main() -> None:
     for name, value in before.items():
         table.add_row(name, f"{value:.3f}", f"{after[name]:.3f}")
     console.print(table)
-    peft.write(Subject(lora.read_all(live), SCALING, prepared.label, prepared), given.out)
+    peft.write(subject.Subject(lora.read_all(live), SCALING, prepared.label, prepared), given.out)
     console.print(f"adapter in {given.out}: PeftModel.from_pretrained(base, '{given.out}') loads it")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from edge_runtime.lora.adapter import Adapter, LayerSlot, Slot
 from edge_runtime.train import mixed
 from edge_runtime.train.base import PreparedBase, load
@@ -26,10 +28,11 @@ def attached(model: Any, adapter: Adapter, *, scaling: float) -> LiveModel:
 
 
 def fresh_base(prepared: PreparedBase) -> Any:
-    """The base model alone, as narrow as it may compute: `in_float32` widens what it needs while it needs it.
+    """The base model alone, as narrow as its weights are stored: `in_float32` widens what it needs while it needs it.
 
     Raises:
         BaseModelError: it cannot be loaded.
     """
-    narrow = "bf16" in precision_named(prepared.precision).compute
+    # Computing in bfloat16 would round what float16 keeps of the embedding, which no later widening brings back.
+    narrow = precision_named(prepared.precision).plain == torch.bfloat16
     return load(prepared, compute_dtype="bf16" if narrow else "fp32").model

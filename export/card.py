@@ -15,7 +15,7 @@ from edge_runtime.lora.dense import is_dense
 from export.origin import Origin
 from export.parity import Parity
 from export.usage import USAGE, Usage
-from profiles.packaged import ALIASES
+from profiles.packaged import hub_name
 
 FILE = "README.md"
 _LOSSES: Mapping[str, str] = {"base": "the base", "global": "the fleet's adapter", "personal": "this device's adapter"}
@@ -42,11 +42,6 @@ def card(form: str, origin: Origin, adapter: Adapter, parity: Parity | None) -> 
         *_section("How to load it", _loading(usage, base, adapter)),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def hub_name(base: str) -> str:
-    """How a hub calls the base; of one that came in a Python package, the model's id."""
-    return ALIASES[base].hub or ALIASES[base].label if base in ALIASES else base
 
 
 def in_words(adapter: Adapter) -> str:

@@ -66,6 +66,18 @@ def writing(folder: Path, *, force: bool) -> Iterator[Path]:
         remove(part)
 
 
+@contextmanager
+def scratch(parent: Path) -> Iterator[Path]:
+    """An empty folder for the time being, with a name of its own: what a killed run left of it goes first."""
+    folder = parent / ".logits"
+    remove(folder)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        remove(folder)
+
+
 def keep_as(part: Path, folder: Path, word: str) -> Path:
     """Move what was written to a name that says what is the matter with it; an older one of that name goes."""
     kept = beside(folder, word)

@@ -133,7 +133,7 @@ def _begins_with(processor: Any, bos: int | None, numbers: Mapping[str, int]) ->
         return False
     if processor.get("type") == "Sequence":
         return any(_begins_with(part, bos, numbers) for part in processor["processors"])
-    first = next(iter(processor.get("single") or ()), {})
+    first: dict[str, Any] = next(iter(processor.get("single") or ()), {})
     return numbers.get(first.get("SpecialToken", {}).get("id")) == bos
 
 

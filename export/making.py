@@ -77,15 +77,20 @@ def make(
         except OSError as error:
             raise folders.unwritable(folder, error) from error
         found = None if known is None else _verified(form, subject, part, folder, known)
-        if found is not None:
-            told = json.dumps(summary(name, form, found), indent=2, allow_nan=False) + "\n"
-            (part / PARITY).write_text(told, encoding="utf-8")
-        (part / CARD).write_text(card(name, about, subject.adapter, found), encoding="utf-8")
+        _describe(name, subject, about, found, part)
         if found is not None and not good(form, found):
             kept = folders.keep_as(part, folder, "refused")
             raise ExportError(f"{_fault(name, form, found)}; it is kept in {kept}: do not use it, and report this")
         size = folders.size_of(part)
     return Made(folder, found, size)
+
+
+def _describe(name: str, subject: Subject, about: Origin, found: Parity | None, folder: Path) -> None:
+    """Put the card, and what verification found, beside the artefact."""
+    if found is not None:
+        told = json.dumps(summary(name, get(name), found), indent=2, allow_nan=False) + "\n"
+        (folder / PARITY).write_text(told, encoding="utf-8")
+    (folder / CARD).write_text(card(name, about, subject.adapter, found), encoding="utf-8")
 
 
 def good(form: Format, found: Parity) -> bool:

@@ -20,6 +20,7 @@ from edge_runtime.lora.adapter import Matrix, Pair
 from edge_runtime.lora.files import write_folder
 from export.checks import base_of, only_pairs
 from export.subject import Logits, Subject
+from profiles.packaged import hub_name
 
 try:
     import numpy as np
@@ -74,7 +75,7 @@ def write(subject: Subject, folder: Path) -> None:
             "rank": rank,
             "scale": subject.scaling,
         },
-        "model": subject.base_name,
+        "model": hub_name(subject.base_name),
         "num_layers": blocks - min(int(place[1]) for place in known),
     }
     write_folder(folder, tensors, config, weights=WEIGHTS, about=CONFIG)

@@ -192,7 +192,8 @@ def _take_adapters(graph: Any, layers: Mapping[str, tuple[int, int]]) -> list[st
     from onnx import TensorProto, helper, numpy_helper  # noqa: PLC0415 - an extra
 
     by_node = {_node_name(name): name for name in layers}
-    nodes, added = [], []
+    nodes: list[Any] = []
+    added: list[str] = []
     for node in graph.node:
         nodes.append(node)
         name = by_node.pop(node.name, None)
@@ -210,9 +211,12 @@ def _take_adapters(graph: Any, layers: Mapping[str, tuple[int, int]]) -> list[st
         nodes.extend(made)
         added.extend(step.name for step in made)
         rank = f"rank of {name}"
-        for tensor, shape in ((name + _DOWN, (d_in, rank)), (name + _UP, (rank, d_out))):
+        for tensor, shape, empty in (
+            (name + _DOWN, (d_in, rank), (d_in, 0)),
+            (name + _UP, (rank, d_out), (0, d_out)),
+        ):
             graph.input.append(helper.make_tensor_value_info(tensor, TensorProto.FLOAT, shape))
-            nothing = np.zeros([0 if size == rank else size for size in shape], np.float32)
+            nothing = np.zeros(empty, np.float32)
             graph.initializer.append(numpy_helper.from_array(nothing, tensor))
     if by_node:
         raise ExportError(

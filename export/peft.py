@@ -17,6 +17,7 @@ from export import peft_ia3, peft_prompt
 from export.checks import base_of
 from export.subject import Engine, Subject
 from profiles.light_import import light_import
+from profiles.packaged import hub_name
 
 
 class _Dense(NamedTuple):
@@ -65,11 +66,11 @@ def write(subject: Subject, folder: Path) -> None:
     refuse(subject)
     adapter, form = subject.adapter, _form(_kinds(subject.adapter))
     if form is not None:
-        form.write(adapter, folder, subject.base_name)
+        form.write(adapter, folder, hub_name(subject.base_name))
         return
     pairs = adapter.only(name for name in adapter if not is_dense(name))
     write_peft_folder(
-        pairs, folder, base_name=subject.base_name, scaling=subject.scaling, magnitudes=_magnitudes(subject)
+        pairs, folder, base_name=hub_name(subject.base_name), scaling=subject.scaling, magnitudes=_magnitudes(subject)
     )
 
 

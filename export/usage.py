@@ -43,6 +43,10 @@ from transformers import AutoTokenizer
 
 model = ORTModelForCausalLM.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")"""
+_OPENVINO = """\
+import openvino
+
+model = openvino.Core().compile_model("path/to/this/folder/openvino_model.xml", "CPU")     # or GPU, NPU"""
 _ONNX_ADAPTER = """\
 import onnxruntime as ort
 
@@ -58,14 +62,15 @@ USAGE: Mapping[str, Usage] = {
     "peft": Usage("peft", (Engine("PEFT", "python", _PEFT), Engine("vLLM", "sh", _VLLM), _CHAT)),
     "native": Usage("edge-runtime", (_CHAT,)),
     "merged": Usage("transformers", (Engine("transformers", "python", _TRANSFORMERS),)),
-    "onnx": Usage("optimum", (
+    **dict.fromkeys(("onnx", "onnx-int8", "onnx-int4"), Usage("optimum", (
         Engine("ONNX Runtime, through optimum", "python", _ONNX),
         Engine("This runtime", "sh", "edge-runtime chat --onnx path/to/this/folder"),
-    )),
+    ))),
     "onnx-adapter": Usage("onnxruntime", (
         Engine("ONNX Runtime", "python", _ONNX_ADAPTER),
         Engine("This runtime", "sh", "edge-runtime chat --onnx path/to/this/folder"),
     )),
+    "openvino": Usage("openvino", (Engine("OpenVINO", "python", _OPENVINO),)),
     "gguf": Usage("gguf", (
         Engine("llama.cpp", "sh", "llama-cli -m base.gguf --lora path/to/this/folder/adapter.gguf"),
         Engine("Ollama", "sh", "cd path/to/this/folder && ollama create personal -f Modelfile && ollama run personal"),

@@ -38,6 +38,11 @@ ALIASES: Mapping[str, PackagedBase] = {
 }  # fmt: skip
 
 
+def hub_name(base: str) -> str:
+    """How a hub calls a base model: one that came in a Python package by its id there, any other as it is."""
+    return ALIASES[base].hub or ALIASES[base].label if base in ALIASES else base
+
+
 def packaged_file(alias: str) -> Path:
     """The GGUF file that an alias stands for.
 

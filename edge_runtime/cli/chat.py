@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
+from rich.text import Text
 
 from edge_runtime import config as settings
 from edge_runtime.cli import shell
 from edge_runtime.errors import ConfigError, ExportError, missing_extra
 from edge_runtime.lora.adapter import Adapter
 from export import get, origin, reading
-from export.card import hub_name
 from export.subject import Engine, Subject
 
 if TYPE_CHECKING:
@@ -129,10 +129,7 @@ def _show(console: Console, answers: dict[str, str], *, as_json: bool) -> None:
         return
     width = max(20, (console.width - 2) // len(answers))
     # A model may say anything: its words are no markup.
-    console.print(
-        Columns([Panel(console.render_str(answer, markup=False, highlight=False), title=name, width=width)
-                 for name, answer in answers.items()])
-    )  # fmt: skip
+    console.print(Columns(Panel(Text(answer), title=name, width=width) for name, answer in answers.items()))
 
 
 @contextmanager
@@ -164,7 +161,7 @@ def _opened(order: Order, say: Callable[[str], None]) -> Iterator[tuple[dict[str
         return
     name = next(name for name, file in ENGINES[kind] if (folder / file).exists())
     say(f"opening {folder} as {name}")
-    engine = get(name).open_engine(Subject(Adapter({}), 1.0, hub_name(spec), prepared), folder)
+    engine = get(name).open_engine(Subject(Adapter({}), 1.0, spec, prepared), folder)
     try:
         yield _in_two(loaded, engine, order.max_tokens), loaded.tokenizer
     finally:

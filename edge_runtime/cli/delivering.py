@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime.errors import DeviceMemoryError, ExportError
@@ -35,6 +34,7 @@ def deliver(trainer: LocalTrainer, folder: Path, *, base: str, names: Mapping[st
     """
     from edge_runtime.train.exhaustion import bearing
     from export import get, verify
+    from export.folders import scratch
     from export.making import make
     from export.subject import Subject
     from profiles.families import family
@@ -44,10 +44,9 @@ def deliver(trainer: LocalTrainer, folder: Path, *, base: str, names: Mapping[st
     about = _origin(ready, base, names, facts or {})
     prompts = tuple(example.input_ids[:PROMPT_TOKENS] for example in ready.held_out[:PROMPTS])
     form = "peft" if "peft" in family(family_name).exports else "native"
-    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with bearing("verifying the personal adapter"), TemporaryDirectory(dir=folder.parent) as scratch:
-            known = verify.reference_of(ready.live, prompts, Path(scratch), count=ANSWER_TOKENS)
+        with bearing("verifying the personal adapter"), scratch(folder.parent) as beside:
+            known = verify.reference_of(ready.live, prompts, beside, count=ANSWER_TOKENS)
             subject = Subject(trainer.personal(), scaling, str(prepared.folder), prepared, family_name)
             del ready
             # A small device has no room for two models: the live one goes before the fresh one comes.
@@ -57,7 +56,9 @@ def deliver(trainer: LocalTrainer, folder: Path, *, base: str, names: Mapping[st
             made = make(form, subject, folder, about, known, force=True, more=more)
     except DeviceMemoryError as error:
         # A smaller plan would not help: what is verified is the base itself.
-        raise ExportError(f"{error}; free memory and start again") from error
+        raise ExportError(
+            f"{error}; what was written, if it was, is in {folder}.unverified; free memory and start again"
+        ) from error
     return Delivered(str(folder), made.parity.distance.max_logit_diff if made.parity else 0.0)
 
 

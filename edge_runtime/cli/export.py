@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,9 +15,8 @@ from edge_runtime.cli import leaving as sources
 from edge_runtime.cli import shell
 from edge_runtime.config import Config
 from edge_runtime.errors import ConfigError, DataError, EdgeRuntimeError, ExportError, missing_extra
-from edge_runtime.train.exclusive import remove
 from export import folders, get, origin
-from export.card import hub_name, in_words
+from export.card import in_words
 from export.making import Made, make, summary
 from export.reading import Leaving, base_named, base_spec, family_of
 from export.subject import Subject
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from export.verify import Reference
 
 MIB = 2**20
-SCRATCH = ".logits"
-"""Where the live model's logits lie while formats are compared with them."""
-
 Say = Callable[[str], None]
 
 
@@ -80,6 +77,8 @@ def run(order: Order, file: Path | None, overrides: Sequence[str]) -> int:
         raise ConfigError("--format takes at least one name, such as peft")
     for name in order.names:
         get(name)
+    # Libraries that set logging up when they are imported let every file that gguf writes be told.
+    logging.getLogger("gguf").setLevel(logging.WARNING)
     config = settings.load(file, overrides)
     say = shell.logger("export", as_json=order.json)
     found, what = _found(order, config, given=bool(file or overrides))
@@ -88,7 +87,7 @@ def run(order: Order, file: Path | None, overrides: Sequence[str]) -> int:
     prepared = None
     if order.verify or any(get(name).needs_base for name in order.names):
         prepared, found = _prepared(order, found, spec, say)
-    subject = Subject(found.adapter, found.scaling, hub_name(spec), prepared, family_of(found.adapter))
+    subject = Subject(found.adapter, found.scaling, spec, prepared, family_of(found.adapter))
     for name in order.names:
         get(name).refuse(subject)
         folders.check_free(order.out / name, force=order.force)
@@ -156,9 +155,8 @@ def _make_all(
     order: Order, config: Config, subject: Subject, about: origin.Origin, say: Say
 ) -> dict[str, tuple[Made, float] | EdgeRuntimeError]:
     """Format → what was made and in how many seconds, or why it was not."""
-    scratch = order.out / SCRATCH
     made: dict[str, tuple[Made, float] | EdgeRuntimeError] = {}
-    try:
+    with folders.scratch(order.out) as scratch:
         known = _reference(order, config, subject, scratch, say) if order.verify else None
         for name in order.names:
             start = time.monotonic()
@@ -170,8 +168,6 @@ def _make_all(
             else:
                 made[name] = done, time.monotonic() - start
                 say(f"{name}: {_in_words(done)}; read by {get(name).readers}")
-    finally:
-        remove(scratch)
     return made
 
 
@@ -179,8 +175,6 @@ def _reference(order: Order, config: Config, subject: Subject, scratch: Path, sa
     """What the live model says to the prompts."""
     from export import verify
 
-    remove(scratch)
-    scratch.mkdir()
     prompts, whence = _prompts(order, config, verify.tokenizer_of(subject))
     say(f"computing the live adapter's answers to {len(prompts)} prompts ({whence})")
     return verify.reference(subject, prompts, scratch)

@@ -8,13 +8,14 @@ from statistics import fmean
 
 from edge_runtime.config import Config
 from edge_runtime.errors import ExportError
+from edge_runtime.lora.adapter import Adapter
 from export.origin import Origin
 from export.reading import Leaving, family_of, read
 from server import standing
 from server.aggregators.beside import published
 from server.aggregators.method import load_state
 from server.fleet import Member
-from server.store import Store
+from server.store import Store, StoredVersion
 
 
 def of_server(folder: Path, version: int | None, config: Config, *, given: bool) -> tuple[Leaving, str]:
@@ -33,23 +34,13 @@ def of_server(folder: Path, version: int | None, config: Config, *, given: bool)
         raise ExportError(f"a server's store was expected in {folder}; found none; check --store")
     store = Store(folder)
     try:
-        versions = store.versions()
-        number = versions[-1] if version is None and versions else version
-        stored = store.version(number) if number is not None else None
-        if stored is None:
-            raise ExportError(f"{folder} has versions {versions}; found no version {version}; choose one of them")
-        found = published(load_state(stored.state))
-        if any(name.endswith(".core") for name in found):
-            raise ExportError(
-                "this fleet trains cores between bases that only devices have; export a device's personal adapter: "
-                "--state-dir"
-            )
+        stored, newest = _stored(store, folder, version)
         text = store.rounds()
         state = standing.load(text, store.members()) if text is not None else None
     finally:
         store.close()
+    found = _published(stored)
     members = list(state.members.values()) if state is not None else []
-    newest = stored.version == versions[-1]
     about = Origin(
         base="",
         fingerprint=(state.base if state is not None else None) or "",
@@ -64,8 +55,27 @@ def of_server(folder: Path, version: int | None, config: Config, *, given: bool)
         data=_data(members),
         losses=_losses(members) if newest else {},
     )
-    leaving = Leaving(found, config.adapter.scaling, "", about)
-    return leaving, f"version {stored.version} of the global adapter"
+    return Leaving(found, config.adapter.scaling, "", about), f"version {stored.version} of the global adapter"
+
+
+def _stored(store: Store, folder: Path, version: int | None) -> tuple[StoredVersion, bool]:
+    """A version, and whether it is the newest."""
+    versions = store.versions()
+    number = versions[-1] if version is None and versions else version
+    stored = store.version(number) if number is not None else None
+    if stored is None:
+        raise ExportError(f"{folder} has versions {versions}; found no version {version}; choose one of them")
+    return stored, stored.version == versions[-1]
+
+
+def _published(stored: StoredVersion) -> Adapter:
+    found = published(load_state(stored.state))
+    if any(name.endswith(".core") for name in found):
+        raise ExportError(
+            "this fleet trains cores between bases that only devices have; export a device's personal adapter: "
+            "--state-dir"
+        )
+    return found
 
 
 def of_device(folder: Path) -> tuple[Leaving, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from export.verify import logits
 from tests.train.fleet_families import card_of, slot_of
 from tests.train.test_dense_modules import adapter_for
 
+TRACES = tuple(int(part) for part in version("transformers").split(".")[:2]) < (4, 58)
+"""Whether optimum-onnx goes with the transformers at hand."""
 PROMPT = (5, 9, 77, 301, 4, 4, 18, 260)
 SCALING = 2.0
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -24,9 +24,7 @@ from edge_runtime.train.base import PreparedBase, prepare  # noqa: E402 - as abo
 from export import onnx, onnx_adapter, onnx_engine, onnx_graph  # noqa: E402 - as above
 from export.onnx_engine import OnnxEngine  # noqa: E402 - as above
 from export.subject import Subject  # noqa: E402 - as above
-from tests.export.subjects import LINEAR, PROMPT, SCALING, Live, family_adapter, live  # noqa: E402 - as above
-
-TRACES = tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (4, 58)
+from tests.export.subjects import LINEAR, PROMPT, SCALING, TRACES, Live, family_adapter, live  # noqa: E402 - as above
 
 pytestmark = [pytest.mark.torch, pytest.mark.skipif(not TRACES, reason="optimum-onnx needs transformers below 4.58")]
 

@@ -181,3 +181,24 @@ def test_a_talk_goes_on_until_its_end_and_shows_both_sides(
 def test_a_folder_without_an_export_for_the_engine_is_named(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["chat", "--gguf", str(given), "--prompt", "x"]) == 15
     assert "adapter.gguf or model.gguf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("form", "flag", "needs"),
+    [("onnx", "--onnx", "optimum"), ("onnx-adapter", "--onnx", "optimum"), ("gguf", "--gguf", "xllamacpp")],
+)
+def test_an_exported_adapter_answers_in_its_engine_as_it_does_here(
+    given: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str, flag: str, needs: str
+) -> None:
+    """Verified first; in float32, where another order of the same sums changes no token."""
+    pytest.importorskip(needs)
+    base = ["--base", str(tiny_base), "--precision", "fp32"]
+    words = ["--prompt", "def dump(", "--max-tokens", "6", "--json", *base]
+    assert run(["export", "--peft", str(given), "--out", str(tmp_path / "out"), "--format", form, *base]) == 0
+    capsys.readouterr()
+    assert run(["chat", "--adapter", str(given), *words]) == 0
+    here = json.loads(capsys.readouterr().out)
+    assert run(["chat", flag, str(tmp_path / "out" / form), *words]) == 0
+    there = json.loads(capsys.readouterr().out)
+
+    assert here == there
