@@ -189,35 +189,17 @@ def _take_adapters(graph: Any, layers: Mapping[str, tuple[int, int]]) -> list[st
     Raises:
         ExportError: a layer whose product the graph does not have as one node.
     """
-    from onnx import TensorProto, helper, numpy_helper  # noqa: PLC0415 - an extra
-
     by_node = {_node_name(name): name for name in layers}
     nodes: list[Any] = []
     added: list[str] = []
     for node in graph.node:
         nodes.append(node)
-        name = by_node.pop(node.name, None)
-        if name is None:
-            continue
-        d_out, d_in = layers[name]
-        end, base = node.output[0], f"{node.output[0]}_of_base"
-        node.output[0] = base
-        steps = [
-            ("MatMul", [node.input[0], name + _DOWN], f"{end}_down"),
-            ("MatMul", [f"{end}_down", name + _UP], f"{end}_up"),
-            ("Add", [base, f"{end}_up"], end),
-        ]
-        made = [helper.make_node(kind, inputs, [output], name=output) for kind, inputs, output in steps]
-        nodes.extend(made)
-        added.extend(step.name for step in made)
-        rank = f"rank of {name}"
-        for tensor, shape, empty in (
-            (name + _DOWN, (d_in, rank), (d_in, 0)),
-            (name + _UP, (rank, d_out), (0, d_out)),
-        ):
-            graph.input.append(helper.make_tensor_value_info(tensor, TensorProto.FLOAT, shape))
-            nothing = np.zeros(empty, np.float32)
-            graph.initializer.append(numpy_helper.from_array(nothing, tensor))
+        if node.name in by_node:
+            name = by_node.pop(node.name)
+            beside = _beside(node, name)
+            nodes.extend(beside)
+            added.extend(step.name for step in beside)
+            _add_inputs(graph, name, *layers[name])
     if by_node:
         raise ExportError(
             f"expected a product for layer '{next(iter(by_node.values()))}' in the graph; found none, and of "
@@ -226,6 +208,33 @@ def _take_adapters(graph: Any, layers: Mapping[str, tuple[int, int]]) -> list[st
     del graph.node[:]
     graph.node.extend(nodes)
     return added
+
+
+def _beside(node: Any, name: str) -> list[Any]:
+    """The nodes of an adapter's product; their sum takes the place of what the layer's own node gave."""
+    from onnx import helper  # noqa: PLC0415 - an extra
+
+    end, base = node.output[0], f"{node.output[0]}_of_base"
+    node.output[0] = base
+    steps = [
+        ("MatMul", [node.input[0], name + _DOWN], f"{end}_down"),
+        ("MatMul", [f"{end}_down", name + _UP], f"{end}_up"),
+        ("Add", [base, f"{end}_up"], end),
+    ]
+    return [helper.make_node(kind, inputs, [output], name=output) for kind, inputs, output in steps]
+
+
+def _add_inputs(graph: Any, name: str, d_out: int, d_in: int) -> None:
+    """The factors of a layer: inputs of a rank of their own, with rank 0 where nobody gives them."""
+    from onnx import TensorProto, helper, numpy_helper  # noqa: PLC0415 - an extra
+
+    rank = f"rank of {name}"
+    for tensor, shape, start in (
+        (name + _DOWN, (d_in, rank), np.zeros((d_in, 0), np.float32)),
+        (name + _UP, (rank, d_out), np.zeros((0, d_out), np.float32)),
+    ):
+        graph.input.append(helper.make_tensor_value_info(tensor, TensorProto.FLOAT, shape))
+        graph.initializer.append(numpy_helper.from_array(start, tensor))
 
 
 def _node_name(layer: str) -> str:
