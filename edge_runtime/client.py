@@ -28,7 +28,10 @@ from edge_runtime.wire import bands, blobs, codec, feedback, update
 from edge_runtime.wire.messages import Band, Directive, Hello, Losses, Offer, Rejected, Report
 from edge_runtime.wire.transport import Delivery, Transport
 
-__all__ = ["Client", "Identity", "refused", "will"]
+__all__ = ["FINISHED", "Client", "Identity", "refused", "will"]
+
+FINISHED = "finished"
+"""The fact that the last directive leaves, for the card of the personal adapter."""
 
 
 @dataclass
@@ -257,6 +260,7 @@ class Client:
         made = self._personal.make(job, self._step("personalising"), self._gate)
         self._losses(**made.losses)
         self._report("exporting")
+        self._disk.put_fact(FINISHED, finished(directive, self._progress.losses))
         delivered = self._deliver()
         self._personal.keep(made, {"merged": self._progress.losses.merged})
         self._say(
@@ -303,6 +307,17 @@ class Client:
             **facts,
         )
         self._conversation.publish(report)
+
+
+def finished(directive: Directive, losses: Losses) -> dict[str, Any]:
+    """What is known of the fleet's life at its end; JSON-able, in the words of a model card."""
+    found = {"base": losses.base, "global": losses.merged, "personal": losses.personal}
+    return {
+        "run": directive.run,
+        "version": directive.version,
+        "rounds": directive.round,
+        "losses": {name: loss for name, loss in found.items() if loss is not None},
+    }
 
 
 def refused(refusal: Rejected) -> EdgeRuntimeError:

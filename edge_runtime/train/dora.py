@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from edge_runtime.train.dense_tensor import DenseTensor
-from edge_runtime.train.lora_linear import LoraLinear, frozen_product, opened
+from edge_runtime.train.lora_linear import LoraLinear, frozen_product, opened_weight
 
 
 class Magnitude(torch.nn.Module):
@@ -29,7 +29,7 @@ class Magnitude(torch.nn.Module):
         super().__init__()
         self.base, self.tensor, self.enabled = base, tensor, True
         with torch.no_grad():
-            self._squares = opened(base.base).square().sum(1)
+            self._squares = opened_weight(base.base).square().sum(1)
         self.norms = self._squares.sqrt()
 
     # Whoever reads or writes the pair finds it where the slot says that it is.
@@ -76,6 +76,6 @@ class Magnitude(torch.nn.Module):
         found = [(a.float(), b.float()) for a, b in pairs if a is not None and b is not None]
         a = torch.cat([a for a, _ in found])
         b = torch.cat([b for _, b in found], 1) * self.base.scaling
-        crossed = ((opened(self.base.base) @ a.T) * b).sum(1)
+        crossed = ((opened_weight(self.base.base) @ a.T) * b).sum(1)
         own = ((b @ (a @ a.T)) * b).sum(1)
         return (self._squares + 2 * crossed + own).clamp_min(torch.finfo(torch.float32).tiny).sqrt()

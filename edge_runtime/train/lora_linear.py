@@ -62,8 +62,8 @@ def opener_of(layer: Any) -> Callable[[Any, torch.dtype], Opened]:
     return OPENERS.get(type(layer).__name__, _open_plain)
 
 
-def opened(layer: Any) -> torch.Tensor:
-    """(d_out, d_in) float32, the frozen weight of a layer, with what is regained of it.
+def opened_weight(layer: Any) -> torch.Tensor:
+    """(d_out, d_in) float32, the frozen weight of a layer of any kind, with what is regained of it.
 
     Of 4-bit weights as they are: rounded to bfloat16, whole blocks of equal codes would be off together, and the norm
     of a row by a thousandth.

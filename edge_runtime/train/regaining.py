@@ -27,7 +27,7 @@ from edge_runtime.lora.adapter import Adapter, Pair
 from edge_runtime.train import stdlib_docs
 from edge_runtime.train.checkpoint import Checkpoint
 from edge_runtime.train.lean import lean
-from edge_runtime.train.lora_linear import OPENERS, REGAINED, frozen_product, opened
+from edge_runtime.train.lora_linear import OPENERS, REGAINED, frozen_product, opened_weight
 from edge_runtime.train.lost import leading
 from profiles.memory import REGAINABLE
 
@@ -102,7 +102,7 @@ def write(model: Any, tokenizer: Any, checkpoint: Checkpoint, folder: Path, rank
     sizes = _input_sizes(model, layers, _texts(tokenizer))
     factors: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
-        lost = opened(layer).neg()
+        lost = opened_weight(layer).neg()
         for at, rows in checkpoint.pieces(f"{name}.weight"):
             lost[at] += rows.float()
         a, b = leading(lost, rank, sizes[name])

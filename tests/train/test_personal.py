@@ -21,14 +21,16 @@ from tests.train.tiny import random_adapter
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from edge_runtime.train import own_texts  # noqa: E402 - after the check that torch is there
+import export  # noqa: E402 - after the check that torch is there
+from edge_runtime.train import own_texts  # noqa: E402 - as above
 from edge_runtime.train.keeping import FINISHED, Keeping, apart  # noqa: E402 - as above
 from edge_runtime.train.local import LocalSettings, LocalTrainer  # noqa: E402 - as above
 from edge_runtime.train.near import terms_of  # noqa: E402 - as above
 from edge_runtime.train.planning import shared  # noqa: E402 - as above
 from edge_runtime.train.receiving import Received  # noqa: E402 - as above
 from edge_runtime.train.rows import Example  # noqa: E402 - as above
-from export import peft, verify  # noqa: E402 - as above
+from export import verify  # noqa: E402 - as above
+from export.subject import Subject  # noqa: E402 - as above
 from profiles.terms import Overrides  # noqa: E402 - as above
 from tests.train.devices import settings_in  # noqa: E402 - as above
 from tests.train.test_terms import SCALING, added, assert_equal, dense, pairs  # noqa: E402 - as above
@@ -133,11 +135,14 @@ def test_what_leaves_with_a_pair_beside_computes_what_the_live_model_computes(
     trainer = introduced(settings)
     scene, start = scene_of("beside", trainer, version(trainer), Adapter({}))
     trained(trainer, scene, start)
-    prompts = verify.encode(trainer.ready.base.tokenizer)
-    live, prepared = verify.live_logits(trainer.ready.live, prompts), trainer.ready.base.prepared
-    peft.export(trainer.personal(), tmp_path, base_name=str(prepared.folder), scaling=SPEC.scaling)
-    found = verify.VERIFIERS["peft"](tmp_path, prepared, prompts, live)
-    assert found.max_abs <= 1e-5
+    prompts, prepared = verify.encode(trainer.ready.base.tokenizer), trainer.ready.base.prepared
+    known = verify.reference_of(trainer.ready.live, prompts, tmp_path, count=2)
+    subject = Subject(trainer.personal(), SPEC.scaling, str(prepared.folder), prepared)
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    export.get("peft").write(subject, folder)
+    found = verify.judge(known, export.get("peft").open_engine(subject, folder))
+    assert found.distance.max_logit_diff <= 1e-5
     assert found.effect > 1e-2, "an adapter without effect would leave as well"
 
 

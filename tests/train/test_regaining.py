@@ -24,7 +24,7 @@ from safetensors.torch import load_file  # noqa: E402 - after the check that tor
 from edge_runtime.train import cores, families, live, prepared, regaining  # noqa: E402 - as above
 from edge_runtime.train.base import PreparedBase, load, prepare  # noqa: E402 - as above
 from edge_runtime.train.local import LocalTrainer  # noqa: E402 - as above
-from edge_runtime.train.lora_linear import OPENERS, opened  # noqa: E402 - as above
+from edge_runtime.train.lora_linear import OPENERS, opened_weight  # noqa: E402 - as above
 from profiles.memory import REGAINABLE  # noqa: E402 - as above
 from profiles.terms import Overrides  # noqa: E402 - as above
 from tests.train.devices import settings_in  # noqa: E402 - as above
@@ -55,7 +55,7 @@ def logits_of(model: Any) -> Any:
 def lost(model: Any, original: Any) -> float:
     """The sum of squares of what all layers lack of the original's."""
     return sum(
-        float((original.get_submodule(name).weight.detach() - opened(layer)).square().sum())
+        float((original.get_submodule(name).weight.detach() - opened_weight(layer)).square().sum())
         for name, layer in layers_of(model).items()
     )
 
@@ -72,7 +72,7 @@ def test_with_all_directions_the_weights_are_those_of_the_original_to_rounding(
         weight = original.get_submodule(name).weight
         bare = weight - opened_without(layer)
         # The factors are kept in bfloat16, whose rounding is 2^-9 of each.
-        assert (weight - opened(layer)).norm() < 0.01 * bare.norm()
+        assert (weight - opened_weight(layer)).norm() < 0.01 * bare.norm()
     difference = (logits_of(model) - logits_of(original)).abs().max()
     bare_model = load(made(tiny_base, cache, 0, precision), compute_dtype="fp32").model
     assert difference < 0.1 * (logits_of(bare_model) - logits_of(original)).abs().max()
@@ -82,7 +82,7 @@ def opened_without(layer: Any) -> Any:
     beside = layer.regained
     del layer.regained
     try:
-        return opened(layer)
+        return opened_weight(layer)
     finally:
         layer.regained = beside
 
@@ -104,9 +104,9 @@ def test_a_layer_computes_with_the_weight_that_it_is_opened_as_and_its_gradient_
     for layer in layers_of(model).values():
         x = torch.randn(5, layer.in_features, requires_grad=True)
         y = layer(x)
-        torch.testing.assert_close(y, x @ opened(layer).T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(y, x @ opened_weight(layer).T, rtol=1e-4, atol=1e-4)
         (gradient,) = torch.autograd.grad(y.sum(), x)
-        torch.testing.assert_close(gradient, opened(layer).sum(0).expand(5, -1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(gradient, opened_weight(layer).sum(0).expand(5, -1), rtol=1e-4, atol=1e-4)
 
 
 def test_a_base_with_directions_is_prepared_once_beside_the_one_without(tiny_base: Path, cache: Path) -> None:
