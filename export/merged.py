@@ -12,24 +12,21 @@ compared is the rounding of the weights and not that of the arithmetic.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edge_runtime.errors import ExportError, missing_extra
-from export.subject import Logits, Subject
+from export.subject import Subject
 
 try:
     import torch
     import transformers
 
     from edge_runtime.train.convert import write_checkpoint
-    from edge_runtime.train.generate import answering, generate
     from edge_runtime.train.quiet import quiet
     from export import merging
+    from export.torch_engine import TorchEngine
 except ModuleNotFoundError as missing:
     raise missing_extra(missing.name or "torch", "client") from missing
 
@@ -69,7 +66,7 @@ def _narrow(config: Mapping[str, Any]) -> str:
     return "fp16" if "float16" in (config.get("dtype"), config.get("torch_dtype")) else "bf16"
 
 
-def open_engine(subject: Subject, folder: Path) -> TransformersEngine:  # noqa: ARG001 - all formats are opened alike
+def open_engine(subject: Subject, folder: Path) -> TorchEngine:  # noqa: ARG001 - all formats are opened alike
     """The folder in transformers, its weights widened to float32.
 
     Raises:
@@ -83,25 +80,4 @@ def open_engine(subject: Subject, folder: Path) -> TransformersEngine:  # noqa: 
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ExportError(f"expected transformers to load '{folder}'; found: {reason}; export it again") from error
-    return TransformersEngine(model.eval())
-
-
-@dataclass(eq=False)
-class TransformersEngine:
-    """A model in transformers; see `export.subject.Engine`."""
-
-    model: Any
-
-    def logits(self, tokens: Sequence[int]) -> Logits:
-        """(len(tokens), vocabulary)."""
-        with answering(self.model) as causal:
-            found: Logits = causal(input_ids=torch.tensor([list(tokens)])).logits[0].float().numpy()
-        return np.ascontiguousarray(found)
-
-    def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
-        """The next `count` tokens, none of which ends the answer."""
-        return list(generate(self.model, [tokens], stop=(), max_new_tokens=count)[0])
-
-    def close(self) -> None:
-        """Forget the model."""
-        self.model = None
+    return TorchEngine(model.eval())
