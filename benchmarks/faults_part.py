@@ -29,7 +29,7 @@ from edge_runtime.lora.adapter import Adapter, LayerSlot, Pair, Slot
 from edge_runtime.lora.algebra import change, cut
 from edge_runtime.lora.slices import Scores
 from edge_runtime.state import DeviceState
-from edge_runtime.trainer import AdapterSpec, Delivered, Gate, Introduction, LocalResult, StepReport, Training
+from edge_runtime.trainer import AdapterSpec, Delivered, Gate, Introduction, LocalResult, StepReport, Texts, Training
 from edge_runtime.wire import mqtt, topics
 from edge_runtime.wire.address import BrokerAddress
 from edge_runtime.wire.messages import Accepted, Offer, Rejected, load
@@ -193,14 +193,21 @@ class SeededTrainer:
         """Of no direction more than of another."""
         return {name: np.zeros(pair.rank) for name, pair in self._slice.items()}
 
-    def evaluate(self) -> float:
+    def evaluate(self, texts: Texts = "reported") -> float:
         """A number that depends on what was received."""
+        del texts
         return float(np.mean([np.abs(pair.b).mean() for pair in self._slice.values()]))
 
     def train(
-        self, training: Training, round_number: int, on_step: Callable[[StepReport], None], gate: Gate
+        self,
+        training: Training,
+        round_number: int,
+        on_step: Callable[[StepReport], None],
+        gate: Gate,
+        personal: Adapter | None = None,
     ) -> LocalResult:
         """Walk at random, by a few percent of what a direction measures."""
+        del personal
         draw = np.random.default_rng(list(f"{self._seed}:{round_number}".encode()))
         before, found = self._slice, {}
         for step in range(training.max_steps):

@@ -22,7 +22,7 @@ from edge_runtime.errors import EdgeRuntimeError, WireError
 from edge_runtime.lora.adapter import Adapter
 from edge_runtime.lora.slices import Scores
 from edge_runtime.state import DeviceState
-from edge_runtime.trainer import AdapterSpec, Delivered, Gate, Introduction, LocalResult, StepReport, Training
+from edge_runtime.trainer import AdapterSpec, Delivered, Gate, Introduction, LocalResult, StepReport, Texts, Training
 from edge_runtime.wire import blobs, codec, topics
 from edge_runtime.wire.memory import MemoryBroker
 from edge_runtime.wire.messages import Hello, Offer, dump, load
@@ -265,18 +265,24 @@ class IdleTrainer:
         """Of all directions the same."""
         return {name: np.ones(pair.rank) for name, pair in self._received[0].items()}
 
-    def evaluate(self) -> float:
+    def evaluate(self, texts: Texts = "reported") -> float:
         """A loss."""
+        del texts
         return 1.0
 
     def train(
-        self, training: Training, round_number: int, on_step: Callable[[StepReport], None], gate: Gate
+        self,
+        training: Training,
+        round_number: int,
+        on_step: Callable[[StepReport], None],
+        gate: Gate,
+        personal: Adapter | None = None,
     ) -> LocalResult:
         """One step, whatever is asked for."""
         del training, round_number
         gate()
         on_step(StepReport(1, 1, 1.0))
-        return LocalResult(inputs.adapter(), 10, 2.0, 1.0)
+        return LocalResult(inputs.adapter() if personal is None else Adapter({}), 10, 2.0, 1.0)
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -1,16 +1,19 @@
 """Which method learns best where devices are unequal? All of them over the same devices, steps, texts and seeds.
 
     python -m benchmarks.methods [--quick] [--setting NAME …] [--way NAME …] [--rounds N] [--seeds N] [--keep FOLDER]
+                                 [--device cuda] [--jobs N] [--plots FOLDER]
 
 Ten devices of ranks 2 to 32, of which five take part in a round of eight local steps, name the task that a text is the
 answer of, or tell good reviews from bad ones. The learning rate of each method, and how much larger it is on a device
-of smaller rank, is chosen from a grid on a seed that is not compared, in fewer rounds. A method that needs equal ranks
-has every device train what the smallest bears. For reference: every device at the largest rank, and one device with all
-texts. A life is judged by the mean held-out loss of its last four rounds. `increment_vs_homogeneous` is that of
-`increment` over that of itself at the largest rank everywhere, and `wins_over_x` the share of settings in which the
-loss of `increment` is lower than that of x with 95 % intervals that do not overlap.
+of smaller rank, is chosen from a grid on a seed that is not compared: all of it in fewer rounds, and then the best two,
+and the best at half its rate, in all rounds. A method that needs equal ranks has every device
+train what the smallest bears. For reference: every device at the largest rank, and one device with all texts. A life
+is judged by the mean held-out loss of its last four rounds. `increment_vs_homogeneous` is that of `increment` over that
+of itself at the largest rank everywhere, over settings with ranks 2 to 32, and `wins_over_x` the share of settings in
+which the loss of `increment` is lower than that of x with 95 % intervals that do not overlap.
 
-Each life is a process of its own with one thread; with --keep, lives that have ended are kept there and not run again.
+The lives of one seed in one setting go through the model side by side (`together`), several fleets in
+processes of their own; with --keep, lives that have ended are kept there and not run again.
 """
 
 from __future__ import annotations
@@ -19,12 +22,11 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,88 +34,16 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.methods_fleet import LAST, SMALLEST, Rate, Way
+from benchmarks.methods_fleet import LAST, Rate
+from benchmarks.methods_lives import Order, Place, live
+from benchmarks.methods_settings import OURS, QUICK_RATES, RATES, RIVALS, SAME, SETTINGS, TUNING_SEED, UNEQUAL, WAYS
 from benchmarks.result import Goal, result
 from benchmarks.slices import interval
 
-UNEQUAL = (2, 2, 2, 2, 4, 4, 4, 8, 16, 32)
-LARGEST = max(UNEQUAL)
-TUNING_SEED = 1000
-RATES = tuple(Rate(largest, exponent) for exponent in (0.0, 0.5) for largest in (1e-3, 2e-3, 4e-3))
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Who has which texts, and which ranks there are.
-
-    Attributes:
-        data: folder below `--data`.
-        alpha: see `wire_fleet.build`.
-        ranks: of the devices.
-    """
-
-    data: str
-    alpha: float
-    ranks: tuple[int, ...] = UNEQUAL
-
-
-SETTINGS: Mapping[str, Setting] = {
-    "pilot": Setting("natural-instructions", 0.3),
-    "dirichlet-0.1": Setting("natural-instructions", 0.1),
-    "dirichlet-0.5": Setting("natural-instructions", 0.5),
-    "iid": Setting("natural-instructions", math.inf),
-    "natural": Setting("natural-instructions", 0.0),
-    "sst2": Setting("sst2", 0.5),
-    "ranks-alike": Setting("natural-instructions", 0.3, (8,) * 10),
-    "ranks-apart": Setting("natural-instructions", 0.3, (4, 4, 4, 4, 8, 8, 8, 8, 16, 16)),
-}
-"""Setting → its texts and ranks. In "natural" each task is on one device alone. The last two and "pilot" have ranks of
-about one sum, ever farther apart: the survey's second question."""
-
-EQUAL = ("fedit", "ffa_lora", "rolora", "fedsa_lora", "lora_fair", "fedex_lora")
-UNEQUAL_ONES = ("zero_pad", "rbla", "raflora", "florist", "glora")
-OURS, SAME, CENTRAL = Way("increment"), Way("increment", LARGEST), Way("increment", LARGEST, central=True)
-RIVALS = (Way("svd"), Way("hetlora"), Way("flora"))
-WAYS: Mapping[str, Way] = {
-    way.name: way
-    for way in (
-        OURS,
-        Way("increment", prefix=True),
-        *RIVALS,
-        *(Way(name) for name in UNEQUAL_ONES),
-        *(Way(name, SMALLEST) for name in EQUAL),
-        Way("fedit", LARGEST),
-        SAME,
-        CENTRAL,
-    )
-}
 GOALS: Mapping[str, Goal] = {
     "increment_vs_homogeneous": ("<=", 1.01),
     **{f"wins_over_{way.method}": (">", 0.5) for way in RIVALS},
 }
-
-
-@dataclass(frozen=True)
-class Order:
-    """One life to be run."""
-
-    setting: str
-    way: str
-    seed: int
-    rate: float
-    exponent: float
-    rounds: int
-    steps: int
-
-    @property
-    def of(self) -> Rate:
-        """How fast its devices learn."""
-        return Rate(self.rate, self.exponent)
-
-    @property
-    def key(self) -> str:
-        """Names it among those that are kept."""
-        return json.dumps(asdict(self), sort_keys=True)
 
 
 Lives = Mapping[Order, Mapping[str, Any]]
@@ -123,44 +53,58 @@ def main() -> int:
     """Run it; the exit code says whether the goals are met."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--encoder", default="minilm", help="an alias or a folder")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--setting", action="append", choices=list(SETTINGS))
     parser.add_argument("--way", action="append", choices=list(WAYS))
     parser.add_argument("--rounds", type=int, default=24)
-    parser.add_argument("--tuning-rounds", type=int, default=8)
+    parser.add_argument("--tuning-rounds", type=int, default=12)
+    parser.add_argument("--finalists", type=int, default=2, help="rates that are compared in all rounds")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--together", type=int, default=24, help="lives of one process")
     parser.add_argument("--keep", type=Path)
+    parser.add_argument("--plots", type=Path, help="folder for methods.png")
     parser.add_argument("--quick", action="store_true", help="few rounds of a few methods, one seed: does it run?")
-    parser.add_argument("--life", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.life:
-        print("LIFE " + json.dumps(_live(options.data, Order(**json.loads(options.life)))), flush=True)
-        return 0
     ways = options.way or list(WAYS)
     settings = options.setting or list(SETTINGS)
     if options.quick:
-        ways, settings = [OURS.name, *(way.name for way in RIVALS), SAME.name], ["pilot"]
-        options.rounds, options.tuning_rounds, options.seeds = 4, 2, 1
-    with tempfile.TemporaryDirectory() as place:
-        keep = options.keep or Path(place)
+        ways = options.way or [OURS.name, *(way.name for way in RIVALS), SAME.name]
+        settings = options.setting or ["pilot"]
+        options.rounds, options.tuning_rounds, options.seeds, options.finalists = 4, 2, 1, 1
+    with tempfile.TemporaryDirectory() as passing:
+        keep = options.keep or Path(passing)
         keep.mkdir(parents=True, exist_ok=True)
-        return _compare(options, Runner(options.data, keep / "lives.jsonl", options.jobs), ways, settings)
+        place = Place(options.data, options.encoder, options.device)
+        # Not forked: threads of torch do not survive that.
+        with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+            runner = Runner(place, keep / "lives.jsonl", pool, options.together)
+            return _compare(options, runner, ways, settings)
 
 
 def _compare(options: argparse.Namespace, runner: Runner, ways: Sequence[str], settings: Sequence[str]) -> int:
     console = Console()
 
     def order(setting: str, way: str, seed: int, rate: Rate, rounds: int) -> Order:
-        return Order(setting, way, seed, *rate, rounds, options.steps)
+        return Order(setting, way, seed, *rate, rounds, options.steps, whole=seed != TUNING_SEED)
 
     tuning = [
         order("pilot", way, TUNING_SEED, rate, options.tuning_rounds)
         for way in ways
         for rate in RATES
-        if useful(way, rate)
+        if useful(way, rate) and (not options.quick or rate in QUICK_RATES)
     ]
-    rates = tuned(runner.all(tuning, "learning rates"))
+    found = runner.all(tuning, "learning rates")
+    rates = tuned(found)
+    if options.finalists > 1:
+        finals = [
+            order("pilot", way, TUNING_SEED, rate, options.rounds)
+            for way in ways
+            for rate in finalists(found, way, options.finalists)
+        ]
+        rates = tuned(runner.all(finals, "the best of them in all rounds"))
     wanted = [
         order(setting, way, seed, rates[way], options.rounds)
         for seed in range(options.seeds)
@@ -170,6 +114,10 @@ def _compare(options: argparse.Namespace, runner: Runner, ways: Sequence[str], s
     lives = runner.all(wanted, "lives")
     for setting in settings:
         console.print(table(setting, {o: life for o, life in lives.items() if o.setting == setting}, rates))
+    if options.plots:
+        from benchmarks.methods_plot import draw  # noqa: PLC0415 - matplotlib is wanted for nothing else here
+
+        draw(lives, options.plots / "methods.png")
     return 0 if result("methods", figures(lives, settings), GOALS) else 1
 
 
@@ -177,13 +125,14 @@ class Runner:
     """Runs lives in processes, each once.
 
     Args:
-        data: folder of all texts.
+        place: where the texts are, and what computes.
         kept: the lives that have ended, a line each.
-        jobs: processes at a time.
+        pool: its processes.
+        together: lives that a process is given at a time.
     """
 
-    def __init__(self, data: Path, kept: Path, jobs: int) -> None:
-        self._data, self._kept, self._jobs = data, kept, jobs
+    def __init__(self, place: Place, kept: Path, pool: Executor, together: int) -> None:
+        self._place, self._kept, self._pool, self._together = place, kept, pool, together
         lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
         self._known: dict[str, Mapping[str, Any]] = {}
         for line in lines:
@@ -194,35 +143,30 @@ class Runner:
         """All these lives, those that are kept among them."""
         wanted = list(dict.fromkeys(orders))
         missing = [order for order in wanted if order.key not in self._known]
-        with Progress() as progress, ThreadPoolExecutor(self._jobs) as pool:
+        with Progress() as progress:
             task = progress.add_task(what, total=len(missing))
-            for order, life in zip(missing, pool.map(self._one, missing), strict=True):
-                self._known[order.key] = life
-                with self._kept.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": order.key, "life": life}) + "\n")
-                progress.advance(task)
+            running = {self._pool.submit(live, self._place, batch): batch for batch in batches(missing, self._together)}
+            failed = None
+            for done in as_completed(running):
+                if problem := done.exception():
+                    failed = problem
+                    continue  # those that go on are kept first
+                for order, life in zip(running[done], done.result(), strict=True):
+                    self._known[order.key] = life
+                    with self._kept.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps({"key": order.key, "life": life}) + "\n")
+                progress.advance(task, len(running[done]))
+        if failed is not None:
+            raise failed
         return {order: self._known[order.key] for order in wanted}
 
-    def _one(self, order: Order) -> Mapping[str, Any]:
-        command = [sys.executable, "-m", "benchmarks.methods", "--data", str(self._data), "--life", order.key]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        [line] = [line for line in done.stdout.splitlines() if line.startswith("LIFE ")]
-        found: Mapping[str, Any] = json.loads(line.removeprefix("LIFE "))
-        return found
 
-
-def _live(data: Path, order: Order) -> dict[str, Any]:
-    import torch  # noqa: PLC0415 - the process that waits for lives needs none of it
-
-    from benchmarks import wire_fleet  # noqa: PLC0415 - as above
-    from benchmarks.methods_fleet import Life  # noqa: PLC0415 - as above
-
-    torch.set_num_threads(1)
-    setting = SETTINGS[order.setting]
-    fleet = wire_fleet.build(data / setting.data, order.seed, setting.ranks, alpha=setting.alpha)
-    torch.manual_seed(order.seed)
-    life = Life(fleet, WAYS[order.way], steps=order.steps, seed=order.seed, rate=order.of)
-    return asdict(life.run(order.rounds, max(1, order.rounds // 3)))
+def batches(orders: Sequence[Order], together: int) -> list[list[Order]]:
+    """Lives of one fleet, at most so many side by side, and those with as many rounds together."""
+    alike: dict[tuple[str, int, int], list[Order]] = {}
+    for order in orders:
+        alike.setdefault((order.setting, order.seed, order.rounds), []).append(order)
+    return [some[first : first + together] for some in alike.values() for first in range(0, len(some), together)]
 
 
 def loss_of(order: Order, life: Mapping[str, Any]) -> float:
@@ -252,6 +196,13 @@ def tuned(lives: Lives) -> dict[str, Rate]:
     return {way: min(losses, key=losses.__getitem__) for way, losses in found.items()}
 
 
+def finalists(lives: Lives, way: str, count: int) -> list[Rate]:
+    """The best rates of a way, best first, and the best one halved: short lives are in favour of large ones."""
+    losses = {order.of: loss_of(order, life) for order, life in lives.items() if order.way == way}
+    best = sorted(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)[:count]
+    return list(dict.fromkeys([*best, best[0]._replace(largest=best[0].largest / 2)]))
+
+
 def by_way(lives: Lives, setting: str, take: Callable[[Order, Mapping[str, Any]], float]) -> dict[str, list[float]]:
     """Way → what is taken of each seed's life in that setting, by seed."""
     found: dict[str, list[float]] = {}
@@ -261,23 +212,34 @@ def by_way(lives: Lives, setting: str, take: Callable[[Order, Mapping[str, Any]]
 
 
 def figures(lives: Lives, settings: Sequence[str]) -> dict[str, Any]:
-    """What the RESULT line says."""
-    told: dict[str, Any] = {}
+    """What the RESULT line says: `table` is setting → way → mean loss, its 95 % interval, and numbers sent up."""
+    told: dict[str, dict[str, tuple[float, float | None, int]]] = {}
     wins: dict[str, list[bool]] = {}
     ratios: list[float] = []
     for setting in settings:
         losses = by_way(lives, setting, loss_of)
-        told |= {f"{setting} {way}": round(statistics.mean(found), 4) for way, found in losses.items()}
+        sent = by_way(lives, setting, lambda _order, life: float(life["numbers_up"]))
+        told[setting] = {
+            way: (round(statistics.mean(found), 4), _interval(found), round(statistics.mean(sent[way])))
+            for way, found in losses.items()
+        }
         ours = losses.get(OURS.name, [])
-        if ours and SAME.name in losses:
+        if ours and SAME.name in losses and SETTINGS[setting].ranks == UNEQUAL:
             ratios += [mine / same for mine, same in zip(ours, losses[SAME.name], strict=True)]
         for rival in RIVALS:
             if ours and rival.name in losses:
                 wins.setdefault(rival.method, []).append(_better(ours, losses[rival.name]))
+    found: dict[str, Any] = {"settings": len(settings), "table": told}
     if ratios:
-        told["increment_vs_homogeneous"] = round(statistics.mean(ratios), 4)
-        told["increment_vs_homogeneous_95"] = round(interval(ratios), 4) if len(ratios) > 1 else None
-    return told | {f"wins_over_{name}": round(sum(found) / len(found), 3) for name, found in wins.items()}
+        found["increment_vs_homogeneous"] = round(statistics.mean(ratios), 4)
+        found["increment_vs_homogeneous_95"] = _interval(ratios)
+    if wins:
+        found["increment_wins"] = round(statistics.mean(win for of_one in wins.values() for win in of_one), 3)
+    return found | {f"wins_over_{name}": round(statistics.mean(of_one), 3) for name, of_one in wins.items()}
+
+
+def _interval(values: Sequence[float]) -> float | None:
+    return round(interval(values), 4) if len(values) > 1 else None
 
 
 def _better(ours: Sequence[float], theirs: Sequence[float]) -> bool:

@@ -2,26 +2,31 @@
 
 Of the ten devices half take part in a round, the same ones by every method. A device does what a Directive of the
 method would ask of it: it holds what the method permits, trains and returns the factors that it names, keeps the
-private one, prunes its ranks. The global adapter goes down in int8, updates come up as they are.
+private factor or its own directions, trains a core, prunes its ranks. The global adapter goes down in int8, updates
+come up as they are.
+
+A life is a generator: it asks for trainings and judgings and is given what came of them, so that many lives can go
+through one model side by side (`together`).
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from benchmarks import wire_fleet
+from benchmarks.together import Judging, Training
 from benchmarks.wire_fleet import BATCH, Fleet
 from edge_runtime.lora import pruning, slices
-from edge_runtime.lora.adapter import Adapter, LayerSlot, Slot
-from edge_runtime.lora.algebra import changed
+from edge_runtime.lora.adapter import Adapter, LayerSlot, Pair, Slot
+from edge_runtime.lora.algebra import changed, cut, fresh_rows, take
 from edge_runtime.lora.factors import exchanged, numbers_in, only
 from edge_runtime.train.classify import Labelled
-from edge_runtime.train.terms import Term, tail
+from edge_runtime.train.cores import CORE
 from edge_runtime.wire import codec
 from server import aggregators
 from server.aggregators.beside import published
@@ -31,7 +36,7 @@ TAKING_PART = 5
 SEEN_BY_EACH = 256
 """Held-out texts that each device's part of the global model is judged by."""
 PERSONAL_STEPS = 8
-SMALLEST = -1
+SMALLEST, LARGEST = -1, 32
 LAST = 4
 """Rounds that a life is judged by: with five devices of unequal labels, one round is a matter of who takes part."""
 
@@ -44,28 +49,30 @@ class Way:
         method: of the table.
         rank: of every device, where the method needs equal ranks or the question does; SMALLEST for that of the
             smallest device, 0 for each device's own.
-        prefix: whether devices hold no more than they train, although the method would let them.
+        holds: what devices hold beyond what they train: nothing ("prefix") or all directions ("all"), whatever the
+            method says of it; "" for what it says.
         central: whether one device has all texts, and takes the steps of all that would take part.
-        facts: parameters of the method.
+        slice: the policy by which devices choose what they train, where the method leaves that to them.
     """
 
     method: str
     rank: int = 0
-    prefix: bool = False
+    holds: Literal["", "prefix", "all"] = ""
     central: bool = False
-    facts: tuple[tuple[str, Any], ...] = ()
+    slice: str = "top"
 
     @property
     def name(self) -> str:
         """For the table."""
         more = ["smallest rank"] if self.rank == SMALLEST else [f"rank {self.rank}"] if self.rank else []
-        more += ["prefix only"] if self.prefix else []
+        more += {"": [], "prefix": ["prefix only"], "all": ["holds all"]}[self.holds]
+        more += [self.slice] if self.slice != "top" else []
         more += ["centralised"] if self.central else []
-        return ", ".join([self.method, *more, *(f"{key} {value}" for key, value in self.facts)])
+        return ", ".join([self.method, *more])
 
 
 class Rate(NamedTuple):
-    """The rate of a device of rank r is `largest` times (largest rank / r) to the power of `exponent`."""
+    """The rate of a device of rank r is `largest` times (LARGEST / r) to the power of `exponent`, in every fleet."""
 
     largest: float
     exponent: float
@@ -110,12 +117,24 @@ class Ended:
     merge_seconds: float
 
 
+Asking = Generator[list[Training] | list[Judging], list[Any], "Ended"]
+"""Asks for trainings, and is given the changes of the trained rows; or for judgings: pairs of loss and accuracy."""
+
+
 class Life:
-    """One fleet's life by one method."""
+    """One fleet's life by one method.
+
+    Args:
+        fleet: the devices, and the texts that the global model is judged by.
+        way: by which they learn.
+        steps: optimiser steps of a device in a round.
+        seed: of the first adapter, of who takes part, and of the order of texts.
+        rate: how fast devices learn.
+    """
 
     def __init__(self, fleet: Fleet, way: Way, *, steps: int, seed: int, rate: Rate) -> None:
         self.fleet, self.way, self.steps, self.seed, self.rate = fleet, way, steps, seed, rate
-        self.method: Aggregator = aggregators.build(way.method, **dict(way.facts))
+        self.method: Aggregator = aggregators.build(way.method)
         self.devices = {}
         least = min(rank for rank, _ in fleet.devices.values())
         dealt = fleet.devices
@@ -127,32 +146,52 @@ class Life:
             found = min(least, rank) if way.rank == SMALLEST else way.rank or rank
             self.devices[name] = Device(found, rest or list(texts), own)
         self.largest = max(device.rank for device in self.devices.values())
+        self.seen_by_each = fleet.held_out[:SEEN_BY_EACH]
         self.numbers_up = self.numbers_down = 0
 
-    def run(self, rounds: int, every: int) -> Ended:
-        """All rounds, and what they came to."""
-        state, points, seconds = self.method.init(self.fleet.shapes, self._rank(), self.seed), {}, 0.0
+    def run(self, rounds: int, every: int, *, whole: bool = True) -> Asking:
+        """All rounds, and what they came to; losses are infinite from the round on in which a device diverged.
+
+        Args:
+            rounds: how many.
+            every: judge the global model each so many rounds, and after the last ones.
+            whole: judge what devices hold and their personal models as well; without a global product, it is done.
+        """
+        state, points, seconds = self.method.init(self._shapes(), self._rank(), self.seed), {}, 0.0
         for number in range(1, rounds + 1):
             sent = self._sent(state)
             asked = np.random.default_rng([self.seed, number]).permutation(sorted(self.devices))[:TAKING_PART]
-            updates = [self._update(str(name), sent, number) for name in sorted(asked)]
+            names = sorted(str(name) for name in asked)
+            begun = [self._begun(self.devices[name], sent, number) for name in names]
+            self.numbers_down += sum(one.seen.parameters - self._own_in(one) for one in begun)
+            moved = yield [
+                self._training(self.devices[name], one, number, self.steps)
+                for name, one in zip(names, begun, strict=True)
+            ]
+            if not all(_finite(change) for change in moved):
+                lost = Point(math.inf, 0.0)
+                return Ended({number: lost}, lost, lost, self.numbers_up, self.numbers_down, seconds)
+            updates = [self._update(*found, number) for found in zip(names, begun, moved, strict=True)]
             started = time.perf_counter()
             state = self.method.combine(state, updates).state
             seconds += time.perf_counter() - started
             if number > rounds - LAST or number % every == 0:
-                points[number] = Point(*wire_fleet.evaluate(self.fleet, published(state)))
-        last = self._sent(state)
-        return Ended(
-            points,
-            self._as_devices_see(last),
-            self._personal(last, rounds),
-            self.numbers_up,
-            self.numbers_down,
-            seconds,
-        )
+                [found] = yield [Judging(published(state), self.fleet.held_out)]
+                points[number] = Point(*found)
+        last, unknown = self._sent(state), Point(math.nan, math.nan)
+        if not (whole or self.method.private):
+            return Ended(points, unknown, unknown, self.numbers_up, self.numbers_down, seconds)
+        as_held = yield from self._as_devices_see(last)
+        personal = yield from self._personal(last, rounds)
+        return Ended(points, as_held, personal, self.numbers_up, self.numbers_down, seconds)
 
     def _rank(self) -> int:
         return self.method.server_rank(self.largest)
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        if not self.method.core:
+            return self.fleet.shapes
+        return {f"{name}.{CORE}": (self.largest, self.largest) for name in self.fleet.shapes}
 
     def _sent(self, state: State) -> Adapter:
         return codec.decode(codec.encode(published(state), "int8"))
@@ -162,66 +201,108 @@ class Life:
         layers = {}
         for name, pair in sent.items():
             trained = min(device.rank, pair.rank - self.method.beside)
-            whole = self.method.hold_more and not self.way.prefix
+            whole = self.method.hold_more if not self.way.holds else self.way.holds == "all"
             held = pair.rank if whole else self.method.beside + trained
             layers[name] = LayerSlot(*pair.shape, held, trained)
         mine = self.method.fit(sent, Slot(layers))
         return exchanged(mine, device.own, asks.private) if asks.private else mine
 
-    def _update(self, name: str, sent: Adapter, number: int) -> Update:
-        device, asks = self.devices[name], self.method.asks(number)
-        received = self._received(device, sent, asks)
-        self.numbers_down += received.parameters
-        moved, chosen = self._trained(device, received, asks, number, self.steps)
-        self._remember(device, chosen, moved, asks)
-        up = only(moved, asks.sent)
-        self.numbers_up += numbers_in(up.sizes, asks.sent)
-        trained = Adapter({layer: changed(chosen.before[layer], pair) for layer, pair in up.items()})
-        before = Adapter({layer: chosen.before[layer] for layer in trained})
-        return Update(name, float(min(len(device.texts), self.steps * BATCH)), before, trained)
-
-    def _trained(
-        self, device: Device, received: Adapter, asks: Asks, number: int, steps: int
-    ) -> tuple[Adapter, slices.Slices]:
+    def _begun(self, device: Device, sent: Adapter, number: int) -> slices.Slices:
+        """What a device holds and trains of what was sent."""
+        received = self._received(device, sent, self.method.asks(number))
         ranks = {name: min(device.rank, pair.rank - self.method.beside) for name, pair in received.items()}
         if device.ranks is not None:
             ranks = {name: min(rank, device.ranks.get(name, rank)) for name, rank in ranks.items()}
             received = pruning.narrowed(received, ranks)
-        policy = self.method.slice or "top"
+        policy = self.method.slice or self.way.slice
         chosen = slices.lay_out(received, slices.choose(policy, received, ranks, number - 1), number - 1)
-        terms: list[Term] = []
-        facts = self.method.training
-        scaling = self.fleet.classifier.live.scaling
-        if facts.get("tail_penalty"):
-            terms.append(tail(facts["kept"], facts["tail_penalty"], scaling))
-        with wire_fleet.attached(self.fleet, chosen.seen, chosen.rows) as found:
-            order = self.seed * 1000 + number
-            rate = self.rate.largest * (self.largest / device.rank) ** self.rate.exponent
-            moved, _ = wire_fleet.train(found, device.texts, steps, order, rate, terms, asks.trained)
-        return moved, chosen
+        return _with_own(chosen, device.own, self.method.own) if self.method.own else chosen
 
-    def _remember(self, device: Device, chosen: slices.Slices, moved: Adapter, asks: Asks) -> None:
-        after = Adapter({name: changed(chosen.before[name], by) for name, by in moved.items()})
+    def _own_in(self, begun: slices.Slices) -> int:
+        """Numbers of the device's own directions, which never travel."""
+        return self.method.own * sum(sum(begun.seen[name].shape) for name in begun.rows)
+
+    def _training(self, device: Device, begun: slices.Slices, number: int, steps: int) -> Training:
+        facts = self.method.training
+        return Training(
+            begun.seen,
+            begun.rows,
+            device.texts,
+            steps,
+            self.seed * 1000 + number,
+            self.rate.largest * (LARGEST / device.rank) ** self.rate.exponent,
+            self.method.asks(number).trained,
+            facts.get("kept", 1.0),
+            facts.get("tail_penalty", 0.0),
+        )
+
+    def _update(self, name: str, begun: slices.Slices, moved: Adapter, number: int) -> Update:
+        device, asks = self.devices[name], self.method.asks(number)
+        after = Adapter({layer: changed(begun.before[layer], by) for layer, by in moved.items()})
         if asks.private:
             device.own = after
+        if self.method.own:
+            device.own = Adapter({layer: _last(pair, self.method.own) for layer, pair in after.items()})
+            moved = Adapter({layer: cut(pair, pair.rank - self.method.own) for layer, pair in moved.items()})
         kept = self.method.training.get("kept", 1.0)
         if kept < 1:
-            device.ranks = pruning.pruned(Adapter({name: chosen.before[name] for name in after}), after, kept)
+            device.ranks = pruning.pruned(Adapter({layer: begun.before[layer] for layer in after}), after, kept)
+        up = only(moved, asks.sent)
+        self.numbers_up += numbers_in(up.sizes, asks.sent)
+        before = Adapter({layer: cut(begun.before[layer], pair.rank) for layer, pair in up.items()})
+        trained = Adapter({layer: changed(before[layer], pair) for layer, pair in up.items()})
+        return Update(name, float(min(len(device.texts), self.steps * BATCH)), before, trained)
 
-    def _as_devices_see(self, sent: Adapter) -> Point:
+    def _as_devices_see(self, sent: Adapter) -> Generator[list[Judging], list[Any], Point]:
         asks = self.method.asks(1)
-        texts = self.fleet.held_out[:SEEN_BY_EACH]
-        found = [
-            wire_fleet.evaluate(self.fleet, self._received(device, sent, asks), texts)
-            for device in self.devices.values()
-        ]
-        return Point(*(float(np.mean(values)) for values in zip(*found, strict=True)))
+        held = {received.digest(): received for received in self._all_received(sent, asks)}
+        found = yield [Judging(received, self.seen_by_each) for received in held.values()]
+        known = dict(zip(held, found, strict=True))
+        return _mean([known[received.digest()] for received in self._all_received(sent, asks)])
 
-    def _personal(self, sent: Adapter, rounds: int) -> Point:
-        found = []
-        for device in self.devices.values():
-            asks = self.method.asks(rounds + 1)
-            received = self._received(device, sent, asks)
-            moved, chosen = self._trained(device, received, asks, rounds + 1, PERSONAL_STEPS)
-            found.append(wire_fleet.evaluate(self.fleet, slices.learnt(chosen.seen, chosen, moved), device.held_out))
-        return Point(*(float(np.mean(values)) for values in zip(*found, strict=True)))
+    def _all_received(self, sent: Adapter, asks: Asks) -> list[Adapter]:
+        return [self._received(device, sent, asks) for device in self.devices.values()]
+
+    def _personal(self, sent: Adapter, rounds: int) -> Generator[Any, list[Any], Point]:
+        devices, number = list(self.devices.values()), rounds + 1
+        begun = [self._begun(device, sent, number) for device in devices]
+        moved = yield [
+            self._training(device, one, number, PERSONAL_STEPS) for device, one in zip(devices, begun, strict=True)
+        ]
+        found = yield [
+            Judging(slices.learnt(one.seen, one, change), device.held_out)
+            for device, one, change in zip(devices, begun, moved, strict=True)
+        ]
+        return _mean(found)
+
+
+def _with_own(chosen: slices.Slices, own: Adapter, count: int) -> slices.Slices:
+    """A slice with directions of the device's own behind it, all of them trained."""
+    seen, rows, before = dict(chosen.seen), dict(chosen.rows), dict(chosen.before)
+    for name, trained in chosen.rows.items():
+        fleet = chosen.seen[name]
+        mine = own[name] if name in own else _fresh(name, fleet, count)
+        seen[name], before[name] = _joined(fleet, mine), _joined(chosen.before[name], mine)
+        rows[name] = (*trained, *range(fleet.rank, fleet.rank + count))
+    return slices.Slices(Adapter(seen), rows, chosen.directions, Adapter(before))
+
+
+def _fresh(name: str, like: Pair, count: int) -> Pair:
+    d_out, d_in = like.shape
+    return Pair(fresh_rows(np.zeros((0, d_in), np.float32), count, f"own:{name}"), np.zeros((d_out, count), np.float32))
+
+
+def _joined(first: Pair, then: Pair) -> Pair:
+    return Pair(np.concatenate([first.a, then.a]), np.concatenate([first.b, then.b], axis=1))
+
+
+def _last(pair: Pair, count: int) -> Pair:
+    return take(pair, range(pair.rank - count, pair.rank))
+
+
+def _finite(change: Adapter) -> bool:
+    return all(np.isfinite(pair.a).all() and np.isfinite(pair.b).all() for pair in change.values())
+
+
+def _mean(points: Sequence[tuple[float, float]]) -> Point:
+    return Point(*(float(np.mean(values)) for values in zip(*points, strict=True)))

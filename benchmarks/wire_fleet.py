@@ -83,7 +83,14 @@ def examples_in(folder: Path) -> list[Example]:
 
 
 def build(
-    folder: Path, seed: int, ranks: Sequence[int] = RANKS, *, every_linear: bool = False, alpha: float = ALPHA
+    folder: Path,
+    seed: int,
+    ranks: Sequence[int] = RANKS,
+    *,
+    every_linear: bool = False,
+    alpha: float = ALPHA,
+    encoder: str = "minilm",
+    device: str = "cpu",
 ) -> Fleet:
     """The fleet of that seed: who has which texts, and the head that all share.
 
@@ -96,13 +103,15 @@ def build(
         every_linear: which layers are adapted.
         alpha: of Dirichlet's distribution, of the shares that devices have of each label; infinite for equal shares,
             and 0 where each label is on one device.
+        encoder: an alias, or a folder.
+        device: where the model is, in torch's words.
     """
     examples = examples_in(folder)
     train, held_out = split(examples, seed=seed)
-    encoder = load_encoder("minilm")
-    modules = encoder.kind.all_linear if every_linear else encoder.kind.attention
+    loaded = load_encoder(encoder, device=device)
+    modules = loaded.kind.all_linear if every_linear else loaded.kind.attention
     classifier = classify.build(
-        encoder, labels_of(examples), rank=1, target_modules=modules, max_length=LENGTH, seed=seed
+        loaded, labels_of(examples), rank=1, target_modules=modules, max_length=LENGTH, seed=seed
     )
     shapes = dict(classifier.live.slot.shapes)
     public, private = train[:PUBLIC], train[PUBLIC:]

@@ -27,6 +27,7 @@ from edge_runtime.trainer import (
     Introduction,
     LocalResult,
     StepReport,
+    Texts,
     Training,
 )
 from edge_runtime.wire import topics
@@ -95,15 +96,21 @@ class Stand:
         """Nothing to choose among."""
         return {}
 
-    def evaluate(self) -> float:
+    def evaluate(self, texts: Texts = "reported") -> float:
         """Some loss."""
+        del texts
         return 1.0
 
     def train(
-        self, training: Training, round_number: int, on_step: Callable[[StepReport], None], gate: Gate
+        self,
+        training: Training,
+        round_number: int,
+        on_step: Callable[[StepReport], None],
+        gate: Gate,
+        personal: Adapter | None = None,
     ) -> LocalResult:
         """Noise, which no codec can shrink further."""
-        del gate
+        del gate, personal
         for step in range(training.max_steps):
             on_step(StepReport(step + 1, training.max_steps, 1.0))
         draw = np.random.default_rng(round_number)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from edge_runtime import agent, local_round, room
+from edge_runtime import agent, local_round, room, ways
 from edge_runtime.conversation import Conversation
 from edge_runtime.errors import (
     DeviceMemoryError,
@@ -20,13 +20,17 @@ from edge_runtime.errors import (
 from edge_runtime.identity import Identity, hello_of, will
 from edge_runtime.keeper import Keeper, Watch
 from edge_runtime.lora.adapter import Adapter
+from edge_runtime.personalising import Job, Personalising
 from edge_runtime.state import DeviceState
 from edge_runtime.trainer import AdapterSpec, Delivered, Introduction, StepReport, Trainer, Training
 from edge_runtime.wire import blobs, codec
 from edge_runtime.wire.messages import Directive, Hello, Losses, Offer, Rejected, Report
 from edge_runtime.wire.transport import Delivery, Transport
 
-__all__ = ["Client", "Identity", "refused", "will"]
+__all__ = ["FINISHED", "Client", "Identity", "refused", "will"]
+
+FINISHED = "finished"
+"""The fact that the last directive leaves, for the card of the personal adapter."""
 
 
 @dataclass
@@ -48,9 +52,10 @@ class Client:
         deliver: exports the personal adapter of the live model and verifies it; called once, at the end.
         say: told a sentence for people whenever something happens.
         watch: where it looks while it works, clock and sensors among it.
+        own: what this device's file says of its personal adapter.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one argument for each seam of a device
         self,
         identity: Identity,
         *,
@@ -60,6 +65,7 @@ class Client:
         deliver: Callable[[], Delivered],
         say: Callable[[str], None],
         watch: Watch | None = None,
+        own: ways.Own | None = None,
     ) -> None:
         self._identity, self._name = identity, identity.client
         self._transport, self._disk, self._trainer = transport, state, trainer
@@ -70,6 +76,8 @@ class Client:
         )
         self._intro: Introduction | None = None
         self._progress = Progress()
+        self._personal = Personalising(trainer, state, own or ways.Own(), say)
+        self._ended: Directive | None = None
         self._keeper = Keeper(state, watch, say=say)
         self._gate = self._keeper.gate(self._pauses)
         state.on_full = room.waiting(watch, say, self._pauses)
@@ -117,6 +125,10 @@ class Client:
                 self._fetch(directive)
             case agent.Train(directive):
                 self._working(f"training round {directive.round}", lambda: self._train(directive))
+            case agent.Settle(number) if self._ended is not None and self._ended.round == number:
+                directive, self._ended = self._ended, None
+                if self._personal.due(directive) and self._is_here(directive):
+                    self._working("going on with its personal adapter", lambda: self._go_on(directive))
             case agent.Adopt(run):
                 self._disk.adopt(run)
             case agent.Finish(directive):
@@ -151,6 +163,7 @@ class Client:
             return agent.Exhausted()
 
     def _introduce(self, spec: AdapterSpec, training: Training) -> agent.Event:
+        self._personal.check(self._conversation.state.directive)
         intro = self._trainer.introduce(spec, training, self._keeper.ceiling, self._keeper.planned)
         self._intro = intro
         self._say(f"plan: {intro.plan}")
@@ -170,6 +183,14 @@ class Client:
         if self._intro is None:
             raise RejectedError("a directive was obeyed before there was a plan; report this as a bug")
         return self._intro
+
+    def _is_here(self, directive: Directive) -> bool:
+        """Whether its version is still whole on the disk.
+
+        A fetch for the end of the rounds may have taken its place: that waits for no answer to the last update.
+        """
+        bands = local_round.bands_of(directive, self._planned)
+        return all(self._disk.band(band.blob.sha256) is not None for band in bands)
 
     def _received(self, directive: Directive) -> Adapter:
         """The global adapter of a version, as far as this device holds it."""
@@ -210,21 +231,37 @@ class Client:
         moved = f"loss {result.loss_first:.3f} → {result.loss_last:.3f}"
         self._say(f"round {directive.round}: {moved}, update of {len(made.payload)} bytes, {made.how}")
         self._report("offering")
+        self._ended = directive
         return agent.Trained(offer, directive.run)
 
     def _finish(self, directive: Directive) -> agent.Event:
         self._wait_for_go()
-        self._trainer.receive(self._received(directive))
+        received = self._received(directive)
+        self._trainer.receive(received)
         self._report("evaluating")
         self._evaluate(directive)
-        if directive.training.max_steps:
-            self._trainer.train(directive.training, directive.round + 1, self._step("personalising"), self._gate)
-        self._losses(personal=self._trainer.evaluate())
+        job = Job(directive, self._planned, received, directive.training.max_steps, at_end=True)
+        made = self._personal.make(job, self._step("personalising"), self._gate)
+        self._losses(**made.losses)
         self._report("exporting")
+        self._disk.put_fact(FINISHED, finished(directive, self._progress.losses))
         delivered = self._deliver()
-        self._say(f"personal adapter in {delivered.folder}; max |Δlogit| {delivered.max_logit_diff:.1e} when reloaded")
-        self._report("done", export_max_logit_diff=delivered.max_logit_diff)
+        self._personal.keep(made, {"merged": self._progress.losses.merged})
+        self._say(
+            f"{made.delivered} adapter in {delivered.folder}; max |Δlogit| {delivered.max_logit_diff:.1e} when reloaded"
+        )
+        left = {"export_max_logit_diff": delivered.max_logit_diff, "delivered": made.delivered}
+        self._report("done", **left, way=made.way, detail=made.told[:1024])
         return agent.Finished()
+
+    def _go_on(self, directive: Directive) -> agent.Event:
+        """Personal training between two rounds, from the version of the one that ended."""
+        self._wait_for_go()
+        received = self._received(directive)
+        self._trainer.receive(received)
+        job = Job(directive, self._planned, received, directive.personal.steps, at_end=False)
+        self._personal.keep(self._personal.make(job, self._step("personalising"), self._gate), {})
+        return agent.Repeat()  # nothing was asked, so nothing is answered
 
     def _wait_for_go(self) -> None:
         """An evaluation cannot be interrupted, so a device that must pause does so before it."""
@@ -254,6 +291,17 @@ class Client:
             **facts,
         )
         self._conversation.publish(report)
+
+
+def finished(directive: Directive, losses: Losses) -> dict[str, Any]:
+    """What is known of the fleet's life at its end; JSON-able, in the words of a model card."""
+    found = {"base": losses.base, "global": losses.merged, "personal": losses.personal}
+    return {
+        "run": directive.run,
+        "version": directive.version,
+        "rounds": directive.round,
+        "losses": {name: loss for name, loss in found.items() if loss is not None},
+    }
 
 
 def refused(refusal: Rejected) -> EdgeRuntimeError:

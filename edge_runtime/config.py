@@ -13,34 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge_runtime import toml
 from edge_runtime.errors import ConfigError
 from edge_runtime.open_section import OpenSection
+from edge_runtime.sections import Fraction, Names, Personal, Positive, Section, Way
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-
-
-def _listed(found: object) -> object:
-    """A text is a list with commas between its names."""
-    return [name for name in map(str.strip, found.split(",")) if name] if isinstance(found, str) else found
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
-"""`["a", "b"]`, or "a, b"."""
-
-
-class Section(BaseModel):
-    """Frozen; a key that does not exist is an error, with the keys that do; so is a number that is not finite."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Fleet(Section):
@@ -122,6 +105,7 @@ class Adapter(Section):
     """Largest rank that a device may train."""
     max_length: Annotated[int, Field(ge=8)] = 128
     """Tokens of an example, at most."""
+    regained: Annotated[int, Field(ge=0, le=1024, description="of what a quantised base lost, beside it")] = 0
     slice: Literal["top", "rotating", "fresh", "personal"] = "top"
     """Which of the directions that it holds a device trains; see `edge_runtime.lora.slices`."""
     allocation: Literal["uniform", "spectrum"] = "uniform"
@@ -226,6 +210,12 @@ class Device(Section):
     eval_examples: Positive = 24
     """Held-out examples that are really evaluated, at most."""
     max_examples: Positive | None = None
+    personal_way: Way | None = None
+    """This key and the four below overrule those of [personal] on this device."""
+    personal_proximal: Annotated[float, Field(ge=0)] | None = None
+    personal_rank: Annotated[int, Field(ge=1, le=1024)] | None = None
+    personal_every: Annotated[int, Field(ge=0)] | None = None
+    keep_better: bool | None = None
     max_upload_rate: Positive | None = None
     """Bytes a second that this device sends to the broker, on average; no limit when absent."""
     max_download_rate: Positive | None = None
@@ -297,6 +287,7 @@ class Config(Section):
     adapter: Adapter = Adapter()
     aggregator: Aggregator = Aggregator()
     training: Training = Training()
+    personal: Personal = Personal()
     wire: Wire = Wire()
     device: Device = Device()
     governor: Governor = Governor()

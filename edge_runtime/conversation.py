@@ -76,6 +76,9 @@ class Conversation:
         elif self._clock() - self._heard >= REPEAT_SECONDS and self._transport.flush(0.0):
             # Nothing of ours is still on its way, so the silence is not that of a slow link.
             self._heard = self._clock()
+            if self.state.directive is None:
+                # A broker may lose what is published while a subscription begins; another one makes it look again.
+                self._transport.subscribe(topics.directive(self._fleet))
             self._fetching.ask_again()
             self.apply(agent.Repeat())
 

@@ -59,7 +59,7 @@ def received(
     """
     whole, held = bands.assembled(decoded), plan.slot.held
     mine = Adapter({name: cut(whole[name], rank) for name, rank in held.items() if rank and name in whole})
-    return private.known(mine, directive, plan.slot, memory)
+    return private.known(mine, directive, plan.slot, memory, plan.base)
 
 
 def contribute(  # noqa: PLR0913  each one is a seam
@@ -102,7 +102,7 @@ def contribute(  # noqa: PLR0913  each one is a seam
         made.payload,
         feedback.dump(made.residual),
         private.after(adapter, slices, result.change, directive),
-        slicing.pruned(directive, slices.before, result.change),
+        {**slicing.pruned(directive, slices.before, result.change), **private.belonging(directive, plan.base)},
         result,
         made.how,
     )

@@ -1,8 +1,9 @@
 """A device's durable state: one SQLite file in WAL mode. What a method returned from is on disk.
 
 It holds which life of the fleet the device is in, the last settled round, the outbox (the update that is not accepted
-yet), what the codec still owes the fleet, what the device keeps for itself, the bands it has fetched, and small facts
-worth keeping over a restart, such as the base's loss and the memory that plans must stay below.
+yet), what the codec still owes the fleet, what the device keeps for itself, its personal adapter, the bands it has
+fetched, and small facts worth keeping over a restart, such as the base's loss and the memory that plans must stay
+below.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ CREATE TABLE IF NOT EXISTS facts  (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS outbox (one INTEGER PRIMARY KEY CHECK (one = 1), offer TEXT NOT NULL, payload BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS owed   (state TEXT PRIMARY KEY, residual BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS kept   (one INTEGER PRIMARY KEY CHECK (one = 1), private BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS personal (one INTEGER PRIMARY KEY CHECK (one = 1), record TEXT NOT NULL, change BLOB);
 CREATE TABLE IF NOT EXISTS bands  (sha256 TEXT PRIMARY KEY, payload BLOB NOT NULL);
 """
 
@@ -126,6 +128,23 @@ class DeviceState:
         row = self._db.execute("SELECT private FROM kept").fetchone()
         return bytes(row[0]) if row else None
 
+    @property
+    def personal(self) -> tuple[dict[str, Any], bytes | None] | None:
+        """What `put_personal` was given last: the record, and the change if there was one."""
+        row = self._db.execute("SELECT record, change FROM personal").fetchone()
+        return (json.loads(row[0]), row[1] if row[1] is None else bytes(row[1])) if row else None
+
+    def put_personal(self, record: Mapping[str, Any], change: bytes | None, private: bytes | None) -> None:
+        """Remember a personal adapter with what it belongs to: all or nothing.
+
+        Args:
+            record: JSON-able; see `personalising`.
+            change: what is the device's own of it; None for nothing.
+            private: what this device keeps for itself from round to round; None for what it has.
+        """
+        more = [] if private is None else [("INSERT OR REPLACE INTO kept VALUES (1, ?)", (private,))]
+        self._write(("INSERT OR REPLACE INTO personal VALUES (1, ?, ?)", (json.dumps(dict(record)), change)), *more)
+
     def put_outbox(
         self,
         offer: Offer,
@@ -180,6 +199,7 @@ class DeviceState:
             ("DELETE FROM outbox", ()),
             ("DELETE FROM owed", ()),
             ("DELETE FROM kept", ()),
+            ("DELETE FROM personal", ()),
             ("DELETE FROM bands", ()),
             (f"DELETE FROM facts WHERE name NOT IN ({marks})", OF_THE_DEVICE),  # noqa: S608  only marks
             _fact("run", run),

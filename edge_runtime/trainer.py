@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import Annotated, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -81,7 +81,25 @@ class AdapterSpec(Model):
     core: Annotated[
         int, Field(ge=0, description="rows and columns of the core that is trained in the place of each target")
     ] = 0
+    regained: Annotated[
+        int, Field(ge=0, description="directions of what a quantised base lost, beside each of its layers, never sent")
+    ] = 0
     equal_ranks: Annotated[bool, Field(description="whether every device trains exactly max_rank")] = False
+
+
+class PersonalSpec(Model):
+    """How devices make their own adapters of the fleet's; what a device's own file says comes before it."""
+
+    way: Annotated[str, Field(description="a name in ways.WAYS")] = "finetune"
+    steps: Annotated[int, Field(ge=0, description="optimiser steps each time")] = 0
+    proximal: Annotated[Finite, Field(ge=0, description="strength of the pull back to the global adapter")] = 0.0
+    rank: Annotated[int, Field(ge=0, le=1024, description="of a pair beside; 0: half of what is trained")] = 0
+    every: Annotated[int, Field(ge=0, description="rounds from one time to the next; 0: at the end alone")] = 0
+    keep_better: Annotated[bool, Field(description="whether a worse one gives way to the global adapter")] = True
+
+
+Texts = Literal["reported", "choosing"]
+"""Of the held-out examples, those whose loss is told, or those by which one of two adapters is chosen; none is both."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +115,7 @@ class Introduction:
         plan: the plan in a few words.
         software: versions that matter.
         least: numbers that each factor of a trained layer must keep for the plan's memory to suffice, if it has them.
+        choosing: held-out examples by which it can choose between two adapters.
     """
 
     slot: Slot
@@ -107,6 +126,7 @@ class Introduction:
     plan: str
     software: str
     least: int = 1
+    choosing: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +186,7 @@ class Trainer(Protocol):
             adapter: every layer of the slot that holds anything, at the rank held.
             rows: layer → which of its rows are trained, ascending; as many as the slot trains, or another number where
                 the ranks of the layers are shared out anew. The first ones, as many as the slot says, where it is None.
+                Where rows are named, a layer may have more of them than the slot holds.
         """
 
     def scores(self) -> Mapping[str, Scores]:
@@ -174,19 +195,26 @@ class Trainer(Protocol):
         Of the layers that the slot trains; see `lora.slices`. Changes nothing.
         """
 
-    def evaluate(self) -> float:
-        """Completion loss on the held-out examples, nats per token, with what the live model holds now."""
+    def evaluate(self, texts: Texts = "reported") -> float:
+        """Completion loss on held-out examples, nats per token, with what the live model holds now."""
 
     def train(
-        self, training: Training, round_number: int, on_step: Callable[[StepReport], None], gate: Gate
+        self,
+        training: Training,
+        round_number: int,
+        on_step: Callable[[StepReport], None],
+        gate: Gate,
+        personal: Adapter | None = None,
     ) -> LocalResult:
-        """One local round from what was received.
+        """One local round from what was received, or training of the device's own.
 
         Args:
             training: what the round asks for.
             round_number: decides the order of the examples.
             on_step: told of each step that is complete.
             gate: asked before each micro-batch.
+            personal: None for a round of the fleet's. For training of the device's own, the change by which what was
+                received is away from the global adapter, so that a proximal term pulls to that one.
 
         Raises:
             KeyboardInterrupt: the gate said stop; a step that was not complete leaves no trace.

@@ -16,7 +16,7 @@ from edge_runtime.errors import EdgeRuntimeError
 from edge_runtime.train import base, data, families, fresh, generate, loop, metrics, trackers
 from edge_runtime.train.generate import Decoding
 from edge_runtime.train.live import LiveModel
-from export import peft
+from export import peft, subject
 
 SCALING = 2.0  # PEFT's lora_alpha / r
 LENGTH = 128  # tokens of an example, at most
@@ -69,8 +69,8 @@ def main() -> None:
     for name, value in before.items():
         table.add_row(name, f"{value:.3f}", f"{after[name]:.3f}")
     console.print(table)
-    folder = peft.export(lora.read_all(live), given.out, base_name=prepared.label, scaling=SCALING)
-    console.print(f"adapter in {folder}: PeftModel.from_pretrained(base, '{folder}') loads it")
+    peft.write(subject.Subject(lora.read_all(live), SCALING, prepared.label, prepared), given.out)
+    console.print(f"adapter in {given.out}: PeftModel.from_pretrained(base, '{given.out}') loads it")
 
 
 if __name__ == "__main__":

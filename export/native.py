@@ -1,49 +1,49 @@
 """The runtime's own format: adapters of every family, exactly as they are merged; `edge_runtime.lora.native` writes it.
 
-Families that no other format has leave the house in it, and are read back into a model by `into_model`.
+Families that no other format has leave the house in it, and are read back into a model by `open_engine`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from edge_runtime.lora.adapter import Adapter, LayerSlot, Slot
-from edge_runtime.lora.native import Native, write_native_folder
-
-if TYPE_CHECKING:
-    from edge_runtime.train.live import LiveModel
+from edge_runtime.errors import ExportError
+from edge_runtime.lora.native import read_native_folder, write_native_folder
+from export.checks import base_of
+from export.subject import Engine, Subject
 
 
-def export(adapter: Adapter, folder: Path, *, base_name: str, scaling: float) -> Path:
-    """Write the adapter as a folder.
+def refuse(subject: Subject) -> None:
+    """It holds every adapter that has anything in it.
 
-    Args:
-        adapter: a personal or a global one, of any family.
-        folder: created if absent; other files in it are left alone.
-        base_name: hub id or path under which the reader finds the base model.
-        scaling: lora_alpha / r, with which pairs were trained.
+    Raises:
+        ExportError: an adapter without any direction or row.
+    """
+    if not any(subject.adapter.ranks.values()):
+        raise ExportError("expected an adapter with at least one direction or row, found none; train it first")
 
-    Returns:
-        The folder.
+
+def write(subject: Subject, folder: Path) -> None:
+    """Write the adapter into a folder; other files in it are left alone.
 
     Raises:
         ExportError: an adapter without any layer, or a folder that cannot be written.
     """
-    write_native_folder(adapter, folder, base_name=base_name, scaling=scaling)
-    return folder
+    refuse(subject)
+    write_native_folder(subject.adapter, folder, base_name=subject.base_name, scaling=subject.scaling)
 
 
-def into_model(model: Any, found: Native) -> LiveModel:
-    """A base model of transformers with the adapter in it, all of it frozen.
+def open_engine(subject: Subject, folder: Path) -> Engine:
+    """The base with the adapter of the folder in it.
 
     Raises:
-        BaseModelError: it belongs to another base.
+        BaseModelError: the adapter belongs to another base, or there is none to open it on.
+        ExportError: the folder is damaged.
     """
-    from edge_runtime.train import mixed  # noqa: PLC0415 - a server writes adapters, and has no torch
+    from export.attached import attached, fresh_base  # noqa: PLC0415 - a server writes, and has no torch
+    from export.torch_engine import TorchEngine  # noqa: PLC0415 - as above
 
-    sizes = found.adapter.sizes
-    slot = Slot({name: LayerSlot(d_out, d_in, rank, 0) for name, (d_out, d_in, rank) in sizes.items()})
-    live = mixed.attach(model, slot, scaling=found.scaling)
-    mixed.load_adapter(live, found.adapter)
-    return live
+    found = read_native_folder(folder)
+    model = fresh_base(base_of(subject))
+    attached(model, found.adapter, scaling=found.scaling)
+    return TorchEngine(model)

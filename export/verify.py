@@ -1,33 +1,28 @@
-"""Does the artefact compute what the live model computes? Logits of both, in float32, compared.
+"""Does the artefact compute what the live model computes? Both answer the same prompts, one after the other.
 
-An export that loads is not yet an export that is right: a scale lost, a rank matched to the wrong layer or a permuted
-row change the answers and raise no error. So every format is read back by its own reader and compared.
+A small device has no room for two models. So the live model goes first: its logits and its greedy tokens are kept, the
+logits on disk, and the model is let go before the artefact is opened in its own engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from transformers import AutoTokenizer
 
-from edge_runtime.errors import ExportError
-from edge_runtime.lora.native import read_native_folder
-from edge_runtime.train.base import PreparedBase, load
-from edge_runtime.train.convert import precision_named
+from edge_runtime.train import generate, heap, mixed
 from edge_runtime.train.live import LiveModel
+from export.attached import attached, fresh_base
+from export.checks import base_of
 from export.float32 import in_float32
-from export.native import into_model
-from profiles.light_import import light_import
-
-Logits = NDArray[np.float32]
-
-TOLERANCE = 1e-4
-"""Largest difference of a logit that float32 arithmetic in another order explains."""
+from export.parity import Parity, distance, log_softmax, same_choices
+from export.subject import Engine, Logits, Subject
 
 PROMPTS = (
     "The capital of France is",
@@ -36,124 +31,143 @@ PROMPTS = (
 )
 """Texts to compare on where a caller has none of its own."""
 
+ANSWER_TOKENS = 16
+"""Greedy tokens after each prompt."""
+PROMPT_TOKENS = 48
+"""Of a longer prompt, this many are compared."""
+MOST_PROMPTS = 8
+PROBED = 8
+"""Positions at which an engine without logits is asked for the probabilities of all tokens."""
 
-@dataclass(frozen=True)
-class Parity:
-    """How far two models agree on the same tokens.
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What the live model says, kept so that it need not be in memory any more.
 
     Attributes:
-        max_abs: largest absolute difference of a logit.
-        effect: largest absolute change that the adapter makes to a logit: an agreement means little without one.
-        same_top: share of positions with the same most likely next token.
-        positions: positions compared.
+        prompts: token ids of each.
+        answers: the greedy tokens after each.
+        live: the logits of each, after every token of prompt and answer, computed in float32; on disk.
+        effect: the largest change that the adapter makes to one of them.
     """
 
-    max_abs: float
+    prompts: tuple[tuple[int, ...], ...]
+    answers: tuple[tuple[int, ...], ...]
+    live: tuple[Logits, ...]
     effect: float
-    same_top: float
-    positions: int
+
+    @property
+    def rows(self) -> tuple[tuple[int, ...], ...]:
+        """Prompt and answer together."""
+        return tuple((*prompt, *answer) for prompt, answer in zip(self.prompts, self.answers, strict=True))
+
+
+def tokenizer_of(subject: Subject) -> Any:
+    """The base's tokenizer.
+
+    Raises:
+        ExportError: the subject has no base with it.
+    """
+    return AutoTokenizer.from_pretrained(base_of(subject).folder, local_files_only=True)
 
 
 def encode(tokenizer: Any, texts: Sequence[str] = PROMPTS) -> tuple[tuple[int, ...], ...]:
-    """Token ids of texts, without the special tokens that some tokenizers add."""
-    return tuple(tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+    """The beginnings of texts as token ids, without the special tokens that some tokenizers add."""
+    rows = (tokenizer.encode(text, add_special_tokens=False)[:PROMPT_TOKENS] for text in texts[:MOST_PROMPTS])
+    return tuple(tuple(row) for row in rows if row)
 
 
 def logits(model: Any, prompts: Sequence[Sequence[int]]) -> Logits:
     """The logits after every token of every prompt, each prompt alone.
 
     Args:
-        model: a causal language model of transformers, wrapped by PEFT or not; its mode is left as it was.
+        model: a causal language model of transformers; its mode is left as it was.
         prompts: token ids.
 
     Returns:
         (tokens of all prompts, vocabulary), float32, in the precision that the model computes in.
     """
-    was_training = model.training
     device = model.get_input_embeddings().weight.device
-    model.eval()
-    try:
-        with torch.no_grad():
-            # PEFT returns those of virtual tokens too, before the others.
-            found = [
-                model(input_ids=torch.tensor([list(prompt)], device=device)).logits[0, -len(prompt) :]
-                for prompt in prompts
-            ]
-    finally:
-        model.train(was_training)
+    with generate.answering(model) as causal:
+        found = [causal(input_ids=torch.tensor([list(prompt)], device=device)).logits[0] for prompt in prompts]
     rows: Logits = torch.cat(found).float().cpu().numpy()
     return rows
 
 
-def live_logits(live: LiveModel, prompts: Sequence[Sequence[int]]) -> Logits:
-    """The logits of the live model, adapter included, computed in float32 whatever precision it trains in."""
-    with in_float32(live.model):
-        return logits(live.model, prompts)
-
-
-def parity(live: Logits, fresh: Logits, base: Logits) -> Parity:
-    """Compare the logits of the live model, of the artefact and of the base model alone.
-
-    Raises:
-        ExportError: logits of different shapes, or a number that is not finite.
-    """
-    if not live.shape == fresh.shape == base.shape:
-        raise ExportError(f"expected logits of equal shapes, found {live.shape}, {fresh.shape} and {base.shape}")
-    if not (np.isfinite(live).all() and np.isfinite(fresh).all()):
-        raise ExportError("expected finite logits of the live model and the artefact, found some that are not")
-    return Parity(
-        max_abs=float(np.max(np.abs(live - fresh))),
-        effect=float(np.max(np.abs(live - base))),
-        same_top=float(np.mean(live.argmax(axis=1) == fresh.argmax(axis=1))),
-        positions=int(live.shape[0]),
-    )
-
-
-def verify_native(
-    folder: Path, prepared: PreparedBase, prompts: Sequence[Sequence[int]], live: Logits, *, device: str = "cpu"
-) -> Parity:
-    """The same of the runtime's own format; arguments and errors as of `verify_peft`."""
-    base, plain = _base(prepared, prompts, device)
-    fresh = into_model(base, read_native_folder(folder))
-    with in_float32(fresh.model):
-        return parity(live, logits(fresh.model, prompts), plain)
-
-
-def verify_peft(
-    folder: Path, prepared: PreparedBase, prompts: Sequence[Sequence[int]], live: Logits, *, device: str = "cpu"
-) -> Parity:
-    """Load a PEFT folder with PEFT onto a fresh base model and compare it with the live model.
+def reference_of(
+    live: LiveModel, prompts: Sequence[Sequence[int]], scratch: Path, *, count: int = ANSWER_TOKENS
+) -> Reference:
+    """What a live model says to prompts, computed in float32 whatever precision it trains in.
 
     Args:
-        folder: as `export.peft.export` wrote it.
-        prepared: the base model that the live model was loaded from.
-        prompts: token ids; the same that `live` was computed on.
-        live: from `live_logits`.
-        device: where the fresh model computes.
+        live: the adapter in its base; left as it was.
+        prompts: token ids of each.
+        scratch: an existing folder for the logits, which must stay while the reference is used.
+        count: greedy tokens after each prompt.
 
     Raises:
-        ExportError: PEFT cannot load the folder, or its logits are of another shape or not finite.
-        BaseModelError: the base model cannot be loaded.
+        RoundError: the model's logits are not numbers.
+        DataError: a prompt that leaves no position for the answer.
     """
-    base, plain = _base(prepared, prompts, device)
-    # Only here: training needs no PEFT, and should not have it in memory.
-    peft = light_import("peft")
+    rows = tuple(tuple(prompt) for prompt in prompts)
+    kept, effect = [], 0.0
+    with in_float32(live.model):
+        answers = tuple(generate.generate(live.model, rows, stop=(), max_new_tokens=count))
+        for index, (prompt, answer) in enumerate(zip(rows, answers, strict=True)):
+            row = [(*prompt, *answer)]
+            found = logits(live.model, row)
+            with mixed.without_adapter(live):
+                effect = max(effect, float(np.max(np.abs(found - logits(live.model, row)))))
+            file = scratch / f"live-{index}.npy"
+            np.save(file, found)
+            kept.append(np.load(file, mmap_mode="r"))
+    return Reference(rows, answers, tuple(kept), effect)
+
+
+def reference(
+    subject: Subject, prompts: Sequence[Sequence[int]], scratch: Path, *, count: int = ANSWER_TOKENS
+) -> Reference:
+    """The same of an adapter that is in no model yet: it is put into its base, and the base is let go afterwards.
+
+    Raises:
+        BaseModelError: the base cannot be loaded, or the adapter belongs to another.
+        ExportError: the subject has no base with it.
+    """
+    live = attached(fresh_base(base_of(subject)), subject.adapter, scaling=subject.scaling)
     try:
-        fresh = peft.PeftModel.from_pretrained(base, folder)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ExportError(f"expected PEFT to load '{folder}'; found: {str(error).strip().splitlines()[0]}") from error
-    with in_float32(fresh):
-        return parity(live, logits(fresh, prompts), plain)
+        return reference_of(live, prompts, scratch, count=count)
+    finally:
+        del live
+        gc.collect()
+        heap.release()
 
 
-def _base(prepared: PreparedBase, prompts: Sequence[Sequence[int]], device: str) -> tuple[Any, Logits]:
-    """A fresh base model and its logits."""
-    # As narrow as it may compute: `in_float32` widens what it needs while it needs it.
-    narrow = "bf16" in precision_named(prepared.precision).compute
-    base = load(prepared, compute_dtype="bf16" if narrow else "fp32", device=device).model
-    with in_float32(base):
-        return base, logits(base, prompts)
+def judge(known: Reference, engine: Engine) -> Parity:
+    """Compare an open artefact with what the live model said.
+
+    An engine that has no logits has `log_probabilities` (tokens, vocabulary). Each position is a request to it, so few
+    are compared.
+
+    Raises:
+        ExportError: nothing to compare, logits of another shape, or numbers that are not finite.
+    """
+    ask = getattr(engine, "log_probabilities", None)
+    pairs = _logits(known, engine) if ask is None else _probabilities(known, ask)
+    found = distance(pairs)
+    total = sum(map(len, known.answers))
+    same = sum(map(lambda prompt, answer: same_choices(engine.greedy, prompt, answer), known.prompts, known.answers))
+    return Parity(found, same / total if total else 1.0, total, known.effect, of_logits=ask is None)
 
 
-VERIFIERS: Mapping[str, Callable[..., Parity]] = {"peft": verify_peft, "native": verify_native}
-"""Format → how an artefact of it is read back; the arguments are those of `verify_peft`."""
+def _logits(known: Reference, engine: Engine) -> Iterator[tuple[Logits, Logits]]:
+    for live, row in zip(known.live, known.rows, strict=True):
+        yield live, engine.logits(row)
+
+
+def _probabilities(known: Reference, ask: Callable[[Sequence[int], int], Logits]) -> Iterator[tuple[Logits, Logits]]:
+    """Logarithms of probabilities at the first positions of the first prompt, of both."""
+    row = known.prompts[0][:PROBED]
+    live = np.stack([log_softmax(logits) for logits in known.live[0][: len(row)]]).astype(np.float32)
+    said = ask(row, live.shape[1])
+    # Of tokens that an engine does not name, it says only that they are less likely than all others.
+    yield live, np.where(np.isfinite(said), said, live)

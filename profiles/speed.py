@@ -25,6 +25,7 @@ from profiles.memory import (
     PRECISIONS,
     Setting,
     chunk_tokens,
+    regained_numbers,
     saved_bytes_per_token,
     trained_numbers,
 )
@@ -56,7 +57,7 @@ UPDATE_BYTES: Mapping[str, float] = {"adamw": 52.0, "adamw_8bit": 1170.0}
 PARTS: Mapping[str, str] = {
     "products": "matrix products of layers and head, at the measured rate of the model's own shapes",
     "attention": "products of attention, quadratic in the length",
-    "adapters": "products of what is held and trained",
+    "adapters": "products of what is held, trained and regained",
     "opened": "quantised weights opened at the measured rate, once in each pass over a layer",
     "traffic": "what norms, activations, casts and attention read and write, at the measured bandwidth",
     "optimizer": "the update of what is trained, once a step: 8-bit moments take some twenty times as long",
@@ -146,7 +147,7 @@ def operations(card: ModelCard, setting: Setting) -> dict[str, int]:
     return {
         "dense": 2 * tokens * (passes * card.layer_linear_parameters + 2 * card.vocab_size * card.hidden_size),
         "attention": int(attention * (layers + setting.recomputed + ATTENTION_BACKWARD * trained)),
-        "adapters": 2 * tokens * (adapters + gradients),
+        "adapters": 2 * tokens * (adapters + gradients + passes * regained_numbers(card, setting)),
     }
 
 

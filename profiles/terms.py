@@ -25,6 +25,7 @@ class Task:
         bits_down: the same for the global adapter.
         copies: of the trained numbers in float32 that terms beside the loss need; see `profiles.memory.Setting`.
         family: of the adapter; a name in `profiles.families.FAMILIES`.
+        regained: directions of what a quantised base lost; see `profiles.memory.Setting`.
     """
 
     target_modules: tuple[str, ...]
@@ -39,6 +40,7 @@ class Task:
     copies: int = 0
     family: str = "lora"
     beside: int = 0
+    regained: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_rank", "max_held", "max_length", "batch_size"):

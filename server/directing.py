@@ -10,7 +10,7 @@ from edge_runtime.trainer import Training
 from edge_runtime.wire.messages import Band, Directive
 from edge_runtime.wire.sampling import FULL
 from server.aggregators.method import Aggregator
-from server.fitting import spec_of
+from server.fitting import personal_of, spec_of
 from server.state import State
 
 ASKS: Mapping[str, Literal["gather", "train", "finish"]] = {
@@ -37,7 +37,7 @@ def directive_of(config: Config, state: State, cut: tuple[Band, ...], *, rank: i
     steps = config.training.personal_steps if phase == "finish" else config.training.max_steps
     training = config.training.model_dump(exclude={"personal_steps", "max_steps"})
     if phase == "finish":
-        # A personal adapter is meant to leave the fleet's.
+        # What pulls in rounds does not pull a personal adapter: that has a strength of its own, in `personal`.
         training |= {"proximal": 0.0, "correction": 0.0}
     else:
         training |= {"factors": asks.trained, **method.training}
@@ -61,4 +61,5 @@ def directive_of(config: Config, state: State, cut: tuple[Band, ...], *, rank: i
         max_staleness=config.rounds.max_staleness if config.rounds.mode == "buffered" else 0,
         sent=asks.sent,
         private=asks.private,
+        personal=personal_of(config, method),
     )

@@ -53,6 +53,8 @@ def check(config: Config) -> None:
         (bool(extra.get("optimizer")), "[aggregator] optimizer", "no server optimizer; or family = 'lora'"),
         (adapter.slice not in DENSE_SLICES, f"[adapter] slice '{adapter.slice}'", f"one of: {', '.join(DENSE_SLICES)}"),
         (adapter.allocation != "uniform", f"[adapter] allocation '{adapter.allocation}'", "allocation = 'uniform'"),
+        (config.personal.way == "beside", "[personal] way 'beside'", "way = 'finetune'"),
+        (config.personal.proximal > 0, "[personal] proximal", "proximal = 0"),
         (training.proximal > 0, "[training] proximal", "proximal = 0"),
         (training.correction > 0, "[training] correction", "correction = 0"),
         (training.carry_moments, "[training] carry_moments", "carry_moments = false"),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from edge_runtime import ways
 from edge_runtime.config import Config
 from edge_runtime.errors import ConfigError
 from edge_runtime.lora.factors import Factors
-from edge_runtime.trainer import AdapterSpec
+from edge_runtime.trainer import AdapterSpec, PersonalSpec
 from edge_runtime.wire import update
 from edge_runtime.wire.messages import Hello, ungroup
 from server.aggregators.method import Aggregator
@@ -37,6 +38,7 @@ def _problems(config: Config, method: Aggregator) -> Iterator[str]:
             f"trains directions beside a frozen adapter, up to [adapter] max_rank = {own}; found [aggregator] rank = "
             f"{rank}; leave that out"
         )
+    yield from _personal_problems(config, method)
     found = f"found [adapter] slice = '{adapter.slice}' and allocation = '{adapter.allocation}'; leave both out"
     if (adapter.slice, adapter.allocation) != ("top", "uniform"):
         if method.equal_ranks:
@@ -50,6 +52,32 @@ def _problems(config: Config, method: Aggregator) -> Iterator[str]:
             "trains one factor a round, and [training] correction needs what two of them changed; leave it out, or "
             "take [training] proximal"
         )
+
+
+def _personal_problems(config: Config, method: Aggregator) -> Iterator[str]:
+    way, bound = config.personal.way, ways.implied(method.asks(1).private, method.own)
+    found = f"found [personal] way = '{way}'; leave it out"
+    if bound and way not in {None, bound}:
+        yield f"makes personal adapters by '{bound}'; {found}"
+    elif not bound and way is not None and way not in ways.FREE:
+        needs = {ways.PRIVATE_FACTOR: "fedsa_lora", ways.TWO_LEVEL: "pf2lora"}[way]
+        yield f"leaves no device with what that takes; {found}, or take [aggregator] method = '{needs}'"
+    elif method.core and way == ways.BESIDE:
+        yield f"trains cores, beside which no pair has a place; {found}"
+
+
+def personal_of(config: Config, method: Aggregator) -> PersonalSpec:
+    """How the devices of a fleet that `check` does not refuse make their own adapters.
+
+    Args:
+        config: the fleet's file.
+        method: that it names.
+    """
+    found, bound = config.personal, ways.implied(method.asks(1).private, method.own)
+    return PersonalSpec(
+        way=found.way or bound or ways.FINETUNE, steps=config.training.personal_steps, proximal=found.proximal,
+        rank=found.rank or 0, every=found.every, keep_better=found.keep_better,
+    )  # fmt: skip
 
 
 def spec_of(config: Config, method: Aggregator, rank: int) -> AdapterSpec:

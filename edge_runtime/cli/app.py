@@ -81,12 +81,14 @@ def profile(
 
 @app.command()
 def prepare(
-    base: Base = "smollm2", precision: Annotated[str, typer.Option(help="nf4, int8, bf16, fp16 or fp32.")] = "nf4"
+    base: Base = "smollm2",
+    precision: Annotated[str, typer.Option(help="nf4, int8, bf16, fp16 or fp32.")] = "nf4",
+    regained: Annotated[int, typer.Option(min=0, help="Directions of what it lost to regain; nf4 only.")] = 0,
 ) -> int:
     """Convert a base model once, into this user's cache."""
     from edge_runtime.cli import prepare as verb
 
-    return verb.run(base, precision)
+    return verb.run(base, precision, regained)
 
 
 @app.command()
@@ -219,19 +221,51 @@ def simulate(
 
 @app.command()
 def export(
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; each format gets a folder of its own in it.")],
     store: Annotated[Path | None, typer.Option(help="A server's store: export a global adapter.")] = None,
     version: Annotated[int | None, typer.Option(help="Which version; the newest when absent.")] = None,
     state_dir: Annotated[Path | None, typer.Option(help="A device's state: export its personal adapter.")] = None,
-    format: Annotated[str, typer.Option("--format", help="peft.")] = "peft",  # noqa: A002  the flag's name
-    base: Base = "smollm2",
+    peft: Annotated[Path | None, typer.Option(help="A folder with an adapter of PEFT's or of this runtime.")] = None,
+    format: Annotated[  # noqa: A002  the flag's name
+        list[str] | None, typer.Option("--format", help="As docs/exports.md names it; repeatable, or with commas.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base model; what is known of the adapter when absent.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Of the base: bf16, fp16 or fp32; nf4 and int8 for adapters alone.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Texts to verify with, one a line.")] = None,
+    verify: Annotated[bool, typer.Option(help="Open each export in its engine and compare with the adapter.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace earlier exports once new ones are whole.")] = False,
     config: ConfigFile = None,
     overrides: Overrides = None,
+    json: Json = False,
 ) -> int:
-    """A personal or global adapter in the format of an inference engine."""
+    """A personal or global adapter in the formats of inference engines, each proven equal."""
     from edge_runtime.cli import export as verb
 
-    return verb.run(out, store, version, state_dir, format, base, config, overrides or [])
+    order = verb.Order(
+        out, tuple(format or ["peft"]), store=store, version=version, state_dir=state_dir, peft=peft, base=base,
+        precision=precision, prompts=prompts, verify=verify, force=force, json=json,
+    )  # fmt: skip
+    return verb.run(order, config, overrides or [])
+
+
+@app.command()
+def chat(
+    adapter: Annotated[Path | None, typer.Option(help="A folder with an adapter of PEFT's or of this runtime.")] = None,
+    onnx: Annotated[Path | None, typer.Option(help="An export in the format onnx or onnx-adapter.")] = None,
+    gguf: Annotated[Path | None, typer.Option(help="An export in the format gguf or gguf-merged.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base model; what is known of the adapter when absent.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Of the base: nf4, int8, bf16, fp16 or fp32.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Answer this and end.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.", min=1)] = 64,
+    json: Json = False,
+) -> int:
+    """Try a personal adapter against its base, side by side."""
+    from edge_runtime.cli import chat as verb
+
+    order = verb.Order(adapter, onnx, gguf, base=base, precision=precision, max_tokens=max_tokens, json=json)
+    return verb.run(order, prompt)
 
 
 @app.command()

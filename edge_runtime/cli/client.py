@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime import config as settings
-from edge_runtime import sensors
-from edge_runtime.cli import guards, shell
-from edge_runtime.client import Client
+from edge_runtime import sensors, ways
+from edge_runtime.cli import delivering, guards, shell
+from edge_runtime.client import FINISHED, Client
 from edge_runtime.config import Config
-from edge_runtime.errors import INTERRUPTED, ConfigError, DeviceMemoryError, ExportError, missing_extra
+from edge_runtime.errors import INTERRUPTED, ConfigError, missing_extra
 from edge_runtime.governor import Thresholds
 from edge_runtime.identity import Identity, instance_of, will
 from edge_runtime.keeper import Watch
 from edge_runtime.state import DeviceState
 from edge_runtime.train import metrics, trackers
 from edge_runtime.train.planning import Owner, owner_of
-from edge_runtime.trainer import Delivered
 from edge_runtime.wire.bucket import Rates
 
 NVIDIA = Path("/dev/nvidiactl")
@@ -66,9 +65,16 @@ def run(
             transport=transport,
             state=state,
             trainer=trainer,
-            deliver=lambda: _deliver(trainer, device.state_dir / "personal"),
+            deliver=lambda: delivering.deliver(
+                trainer,
+                device.state_dir / "personal",
+                base=device.base,
+                names={"fleet": fleet, "device": name},
+                facts=state.fact(FINISHED),
+            ),
             say=say,
             watch=watch,
+            own=_own(device),
         )
         client.run(stop)
     if not client.left:
@@ -87,6 +93,17 @@ def _configure(
     for name in config.device.task_metrics:
         metrics.get(name)
     return config
+
+
+def _own(device: settings.Device) -> ways.Own:
+    """What this device's file says of its personal adapter."""
+    return ways.Own(
+        way=device.personal_way,
+        proximal=device.personal_proximal,
+        rank=device.personal_rank,
+        every=device.personal_every,
+        keep_better=device.keep_better,
+    )
 
 
 def _watch(governor: settings.Governor, stop: Callable[[], bool]) -> Watch:
@@ -165,48 +182,3 @@ def _trainer(config: Config, owner: Owner, say: Callable[[str], None]) -> LocalT
         ),
     )
     return LocalTrainer(chosen, say=say)
-
-
-def _deliver(trainer: LocalTrainer, folder: Path) -> Delivered:
-    """Export the personal adapter, load it into a fresh model, and compare logits in fp32.
-
-    As a PEFT folder, where PEFT has the family; else in the runtime's own format.
-
-    Raises:
-        ExportError: it could not be written, or does not compute what the live model computes.
-    """
-    from edge_runtime.lora.native import forget_native_folder
-    from edge_runtime.train import mixed
-    from edge_runtime.train.exhaustion import bearing
-    from export import get, verify
-    from profiles.families import family
-
-    ready = trainer.ready
-    prompts = verify.encode(ready.base.tokenizer)
-    prepared, scaling = ready.base.prepared, ready.spec.scaling
-    try:
-        with bearing("verifying the personal adapter"):
-            live = verify.live_logits(ready.live, prompts)
-            personal, name = trainer.personal(), str(prepared.folder)
-            form = "peft" if "peft" in family(ready.spec.family).exports else "native"
-            forget_native_folder(folder)
-            if ready.spec.family != "lora":
-                # What `edge-runtime export` reads again, whatever else there is.
-                get("native").write(personal, folder, base_name=name, scaling=scaling)
-            if form == "peft":
-                get(form).write(personal, folder, base_name=name, scaling=scaling, of_base=mixed.of_base(ready.live))
-            del ready, personal
-            # A small device has no room for two models: the live one goes before the fresh one comes.
-            trainer.release()
-            parity = verify.VERIFIERS[form](folder, prepared, prompts, live)
-    except DeviceMemoryError as error:
-        # A smaller plan would not help: what is verified is the base itself.
-        raise ExportError(
-            f"{error}; {folder} may be whole, but is not verified; free memory and start again"
-        ) from error
-    if parity.max_abs > verify.TOLERANCE:
-        raise ExportError(
-            f"the adapter in {folder} changes logits by {parity.max_abs:.1e} against the live model, "
-            f"expected at most {verify.TOLERANCE:.0e}; do not use it, and report this as a bug"
-        )
-    return Delivered(str(folder), parity.max_abs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +112,14 @@ def _plan(profile: DeviceProfile, config: Config, card: ModelCard) -> Plan:
     return planning.choose(profile, card, spec, asked, planning.owner_of(config.device), None)
 
 
+def _setting(chosen: Plan, config: Config) -> memory.Setting:
+    return replace(chosen.setting(config.adapter.target_modules), regained=config.adapter.regained)
+
+
 def _as_json(profile: DeviceProfile, config: Config, card: ModelCard | None, chosen: Plan | None) -> dict[str, Any]:
     found: dict[str, Any] = {"profile": profile.to_json(), "plan": None}
     if card and chosen:
-        setting = chosen.setting(config.adapter.target_modules)
+        setting = _setting(chosen, config)
         found.update(
             plan=chosen.to_json(),
             card={**asdict(card), "parameters": card.parameters},
@@ -127,7 +131,7 @@ def _as_json(profile: DeviceProfile, config: Config, card: ModelCard | None, cho
 
 def _explain(console: Console, profile: DeviceProfile, config: Config, card: ModelCard, chosen: Plan) -> None:
     """Where memory and time go, and what better would cost."""
-    setting = chosen.setting(config.adapter.target_modules)
+    setting = _setting(chosen, config)
     estimate = memory.estimate(card, setting, profile.pool)
     console.print(_table(
         f"{card.name}: {card.parameters / 1e6:,.1f} million parameters ({card.origin}); "

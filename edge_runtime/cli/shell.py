@@ -62,7 +62,7 @@ def _interruptible(stop: Callable[[], bool]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def logger(who: str, *, as_json: bool, stream: IO[str] = sys.stderr) -> Callable[[str], None]:
+def logger(who: str, *, as_json: bool, stream: IO[str] | None = None) -> Callable[[str], None]:
     """A function that logs a sentence, with its time and who says it; safe from any thread."""
     lock = threading.Lock()
 
@@ -73,9 +73,11 @@ def logger(who: str, *, as_json: bool, stream: IO[str] = sys.stderr) -> Callable
             if as_json
             else f"{at:%H:%M:%S} {who}: {text}"
         )
+        # Looked up now: whoever redirects the standard error of this process means what comes then.
+        to = sys.stderr if stream is None else stream
         with lock:
-            stream.write(line + "\n")
-            stream.flush()
+            to.write(line + "\n")
+            to.flush()
 
     return say
 

@@ -53,19 +53,6 @@ def is_native_folder(folder: Path) -> bool:
     return (folder / CONFIG).exists()
 
 
-def forget_native_folder(folder: Path) -> None:
-    """Take the adapter in this format out of a folder, if there is one; another run may have left it.
-
-    Raises:
-        ExportError: the folder cannot be written.
-    """
-    try:
-        (folder / CONFIG).unlink(missing_ok=True)
-        (folder / WEIGHTS).unlink(missing_ok=True)
-    except OSError as error:
-        raise ExportError(f"cannot write '{folder}': {error}; choose a folder that can be written") from error
-
-
 def read_native_folder(folder: Path) -> Native:
     """The adapter that `write_native_folder` wrote.
 

@@ -7,15 +7,15 @@ memory than its weights need.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from edge_runtime import config
 from edge_runtime.errors import BaseModelError, missing_extra, unknown_name
-from edge_runtime.train import eight_bit, heap, prepared
-from edge_runtime.train.convert import convert, precision_named
+from edge_runtime.train import eight_bit, heap, prepared, regaining
+from edge_runtime.train.convert import READERS, convert, precision_named
 from edge_runtime.train.exclusive import exclusive, remove
 from edge_runtime.train.lora_linear import frozen_product
 from edge_runtime.train.quiet import quiet
@@ -43,12 +43,14 @@ class PreparedBase:
         fingerprint: of the base, the same at every precision.
         precision: a key of `convert.PRECISIONS`.
         label: a name for people.
+        regained: directions of what each quantised layer lost that are beside it; see `regaining`.
     """
 
     folder: Path
     fingerprint: str
     precision: str
     label: str
+    regained: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +76,7 @@ def prepare(
     spec: str,
     *,
     precision: str = "nf4",
+    regained: int = 0,
     cache: Path | None = None,
     memory_bytes: int | None = None,
     say: Say = _say_nothing,
@@ -86,6 +89,7 @@ def prepare(
     Args:
         spec: an alias, folder, GGUF file or hub id (`source.resolve`), or a folder that was prepared before.
         precision: a key of `convert.PRECISIONS`.
+        regained: directions of what each quantised layer lost, to be computed beside it; see `regaining`.
         cache: where converted bases are kept; `config.cache_dir()` when absent.
         memory_bytes: what this process may use, with what it uses already; a conversion that would need more is refused
             before it starts. None for no limit.
@@ -93,16 +97,18 @@ def prepare(
 
     Raises:
         UnknownBaseError: nothing of that name.
-        BaseModelError: an unknown precision, a base that cannot be converted or trusted, or too little memory.
+        BaseModelError: an unknown precision, or one of which nothing is to be regained; a base that cannot be converted
+            or trusted, or too little memory.
     """
     precision_named(precision)
+    regaining.check_precision(precision, regained)
     source = resolve(spec)
     if prepared.is_prepared(source.path):
-        return _given(source, precision)
+        return _given(source, precision, regained)
     bases = (cache or config.cache_dir()) / "bases"
     digest = fingerprint(source, memo=bases / "digests")
-    folder = bases / f"{digest[:16]}-{precision}"
-    found = PreparedBase(folder, digest, precision, source.label)
+    folder = bases / (f"{digest[:16]}-{precision}" + (f"-regained-{regained}" if regained else ""))
+    found = PreparedBase(folder, digest, precision, source.label, regained)
     if folder.is_dir() and not _fault(found):
         return found
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -159,6 +165,8 @@ def load(
     model.config.use_cache = False
     keep_gradients(model)
     _compute_in(model, dtype, COMPUTE_DTYPES[products])
+    if base.regained:
+        regaining.attach(model, base.folder)
     return LoadedBase(model.train(), tokenizer, base)
 
 
@@ -238,7 +246,7 @@ def _compute_in(model: Any, dtype: torch.dtype, products: torch.dtype) -> None:
         layer.weight.quant_state.dtype = products
 
 
-def _given(source: Source, precision: str) -> PreparedBase:
+def _given(source: Source, precision: str, regained: int) -> PreparedBase:
     """A folder that was prepared elsewhere: there is nothing to convert it from, so a fault is an error."""
     manifest = prepared.check(source.path)
     if manifest.precision != precision:
@@ -246,7 +254,13 @@ def _given(source: Source, precision: str) -> PreparedBase:
             f"expected a base prepared as {precision}; found {source.path}, prepared as {manifest.precision}; give the "
             f"original base, or plan for {manifest.precision}"
         )
-    return PreparedBase(source.path, manifest.fingerprint, manifest.precision, manifest.label)
+    if manifest.regained != regained:
+        raise BaseModelError(
+            f"expected a base prepared with {regained} directions regained; found {source.path}, prepared with "
+            f"{manifest.regained}; prepare the original base with --regained {regained}, or give [adapter] regained = "
+            f"{manifest.regained} to the whole fleet"
+        )
+    return PreparedBase(source.path, manifest.fingerprint, manifest.precision, manifest.label, regained)
 
 
 def _fault(base: PreparedBase) -> str:
@@ -257,6 +271,8 @@ def _fault(base: PreparedBase) -> str:
         return str(error)
     if (manifest.fingerprint, manifest.precision) != (base.fingerprint, base.precision):
         return f"expected {base.fingerprint[:16]}… as {base.precision}; found {manifest.fingerprint[:16]}…"
+    if manifest.regained != base.regained:
+        return f"expected {base.regained} directions regained; found {manifest.regained}"
     return ""
 
 
@@ -267,8 +283,21 @@ def _convert_into(base: PreparedBase, source: Source, memory_bytes: int | None) 
     partial.mkdir(parents=True)
     try:
         convert(source, partial, base.precision, memory_bytes=memory_bytes)
-        prepared.seal(partial, fingerprint=base.fingerprint, precision=base.precision, label=base.label)
+        if base.regained:
+            _regain(replace(base, folder=partial, regained=0), source, base.regained, memory_bytes)
+        prepared.seal(
+            partial, fingerprint=base.fingerprint, precision=base.precision, label=base.label, regained=base.regained
+        )
         remove(base.folder)
         partial.replace(base.folder)
     finally:
         remove(partial)
+
+
+def _regain(base: PreparedBase, source: Source, regained: int, memory_bytes: int | None) -> None:
+    """Add what is regained of a converted base to its folder."""
+    checkpoint = READERS[source.kind](source.path)
+    if memory_bytes is not None:
+        regaining.check_memory(checkpoint, base.folder, memory_bytes)
+    loaded = load(base, compute_dtype="bf16", product_dtype="fp32")
+    regaining.write(loaded.model.eval(), loaded.tokenizer, checkpoint, base.folder, regained)

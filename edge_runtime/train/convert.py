@@ -173,13 +173,24 @@ def convert(source: Source, folder: Path, precision: str, *, memory_bytes: int |
             little memory.
         MissingExtraError: bitsandbytes is not installed and the precision needs it.
     """
-    kept = precision_named(precision)
+    precision_named(precision)
     checkpoint = READERS[source.kind](source.path)
     if "quantization_config" in checkpoint.config:
         method = checkpoint.config["quantization_config"].get("quant_method", "an unknown method")
         raise BaseModelError(f"expected plain weights in {source.path}; found them quantised by {method}; give others")
     if memory_bytes is not None:
         _check_memory(source, checkpoint, precision, memory_bytes)
+    write_checkpoint(checkpoint, folder, precision)
+
+
+def write_checkpoint(checkpoint: Checkpoint, folder: Path, precision: str) -> None:
+    """Write what a checkpoint gives, of plain weights, as `convert` writes a base model.
+
+    Raises:
+        BaseModelError: an unknown precision, or tensors that are missing.
+        MissingExtraError: bitsandbytes is not installed and the precision needs it.
+    """
+    kept = precision_named(precision)
     checkpoint.write_companions(folder)
     config = portable_config(checkpoint.config) | {"dtype": str(kept.plain).removeprefix("torch.")}
     _write_json(folder / CONFIG, config)
@@ -236,10 +247,10 @@ class _Layout:
 
 
 def _layout(folder: Path, checkpoint: Checkpoint) -> _Layout:
-    skeleton = _skeleton(folder)
-    head = skeleton.get_output_embeddings()
+    model = skeleton(folder)
+    head = model.get_output_embeddings()
     linear, left, head_weight = set(), [], ""
-    for name, module in skeleton.named_modules():
+    for name, module in model.named_modules():
         if module is head:
             head_weight = f"{name}.weight"
         # transformers would quantise Conv1D (GPT-2) as well, transposed; not so here.
@@ -248,19 +259,23 @@ def _layout(folder: Path, checkpoint: Checkpoint) -> _Layout:
         elif isinstance(module, torch.nn.Linear):
             linear.add(f"{name}.weight")
     # A tied head is the embedding: it is not written twice.
-    tied = {head_weight} if skeleton.config.tie_word_embeddings else set()
+    tied = {head_weight} if model.config.tie_word_embeddings else set()
     tensors = tuple(name for name in checkpoint.names if name not in tied)
-    lacking = {name for name, _ in skeleton.named_parameters()} - tied - set(tensors)
+    lacking = {name for name, _ in model.named_parameters()} - tied - set(tensors)
     if lacking:
         raise BaseModelError(
-            f"expected the tensors of a {type(skeleton).__name__}; found none named {', '.join(sorted(lacking)[:3])} "
+            f"expected the tensors of a {type(model).__name__}; found none named {', '.join(sorted(lacking)[:3])} "
             f"({len(lacking)} missing); give a checkpoint that transformers {transformers.__version__} can load"
         )
     return _Layout(tensors, frozenset(linear), tuple(left))
 
 
-def _skeleton(folder: Path) -> Any:
-    """The model without any memory for its weights."""
+def skeleton(folder: Path) -> Any:
+    """The model that the folder's config.json describes, without any memory for its weights.
+
+    Raises:
+        BaseModelError: no causal language model that transformers knows.
+    """
     try:
         with quiet(), torch.device("meta"):
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)

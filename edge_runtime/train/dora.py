@@ -11,12 +11,10 @@ Source: DoRA (Liu et al., ICML 2024, arXiv 2402.09353), section 4.3. Differs fro
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from edge_runtime.train.dense_tensor import DenseTensor
-from edge_runtime.train.lora_linear import LoraLinear, frozen_product, opener_of
+from edge_runtime.train.lora_linear import LoraLinear, frozen_product, opened_weight
 
 
 class Magnitude(torch.nn.Module):
@@ -31,7 +29,7 @@ class Magnitude(torch.nn.Module):
         super().__init__()
         self.base, self.tensor, self.enabled = base, tensor, True
         with torch.no_grad():
-            self._squares = _opened(base.base).square().sum(1)
+            self._squares = opened_weight(base.base).square().sum(1)
         self.norms = self._squares.sqrt()
 
     # Whoever reads or writes the pair finds it where the slot says that it is.
@@ -78,25 +76,6 @@ class Magnitude(torch.nn.Module):
         found = [(a.float(), b.float()) for a, b in pairs if a is not None and b is not None]
         a = torch.cat([a for a, _ in found])
         b = torch.cat([b for _, b in found], 1) * self.base.scaling
-        crossed = ((_opened(self.base.base) @ a.T) * b).sum(1)
+        crossed = ((opened_weight(self.base.base) @ a.T) * b).sum(1)
         own = ((b @ (a @ a.T)) * b).sum(1)
         return (self._squares + 2 * crossed + own).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
-
-
-def _opened(layer: Any) -> torch.Tensor:
-    """(d_out, d_in) float32, the frozen weight.
-
-    Of 4-bit weights as they are: rounded to bfloat16, whole blocks of equal codes would be off together, and the norm
-    of a row by a thousandth.
-    """
-    state = getattr(layer.weight, "quant_state", None)
-    before = None if state is None else state.dtype
-    try:
-        if state is not None:
-            state.dtype = torch.float32
-        weight, scale = opener_of(layer)(layer, torch.float32)
-    finally:
-        if state is not None:
-            state.dtype = before
-    opened: torch.Tensor = weight if scale is None else weight * scale.reshape(-1, 1)
-    return opened

@@ -1,15 +1,13 @@
 """A GGUF file as a checkpoint: configuration, tokenizer and tensors in one reading, under their transformers names.
 
 transformers can read GGUF too, but holds the whole model in float32 while it does, parses the file three times, and its
-version 4.57 gives the tokenizer of a Llama the wrong end-of-sequence token and a prefix of its own. Source of the
-format: ggml's `docs/gguf.md`; of the names: gguf-py's tensor map; of the row order: llama.cpp's `convert_hf_to_gguf.py`
-(`LlamaModel.permute`).
+version 4.57 gives the tokenizer of a Llama the wrong end-of-sequence token and a prefix of its own. Sources of the
+format are those of `gguf_names`.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,18 @@ from typing import Any
 
 from edge_runtime.errors import BaseModelError, missing_extra, unknown_name
 from edge_runtime.train.checkpoint import Checkpoint
+from edge_runtime.train.gguf_names import (
+    ARCHITECTURES,
+    BLOCK,
+    CONFIG,
+    CONTROL,
+    ROLES,
+    TOP,
+    USER_DEFINED,
+    halves,
+    paired_heads,
+    to_transformers,
+)
 from edge_runtime.train.gguf_reader import Stored, read_parts
 
 try:
@@ -28,54 +38,7 @@ try:
 except ModuleNotFoundError as missing:
     raise missing_extra(missing.name or "gguf", "client") from missing
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """A family of models as GGUF stores it.
-
-    Attributes:
-        class_name: of transformers' causal language model.
-        interleaved: whether the rows of the query and key weights are stored in pairs (x₀ x₁ of each rotation side by
-            side), where transformers keeps two halves.
-    """
-
-    class_name: str
-    interleaved: bool
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture("LlamaForCausalLM", interleaved=True),
-    "qwen2": Architecture("Qwen2ForCausalLM", interleaved=False),
-    "qwen3": Architecture("Qwen3ForCausalLM", interleaved=False),
-}
-
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-# GGUF key (after the architecture's name) → key of config.json.
-_CONFIG = {
-    "block_count": "num_hidden_layers",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "rope.freq_base": "rope_theta",
-}
-_ESSENTIAL = frozenset(_CONFIG) - {"attention.head_count_kv", "attention.key_length", "rope.freq_base"}
+_ESSENTIAL = frozenset(CONFIG) - {"attention.head_count_kv", "attention.key_length", "rope.freq_base"}
 
 _QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -101,10 +64,6 @@ PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
     "qwen2": _split_by(_QWEN),
     "llama-bpe": _split_by(_LLAMA3),
 }
-# transformers' name of a special token → GGUF's.
-_ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-# Values of `tokenizer.ggml.token_type`.
-_CONTROL, _USER_DEFINED = 3, 4
 
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -123,11 +82,11 @@ def open_gguf(path: Path) -> Checkpoint:
     if architecture not in ARCHITECTURES:
         raise BaseModelError(f"{path}: {unknown_name('architecture', architecture, ARCHITECTURES)}; give a folder")
     config = _config(metadata, architecture, stored)
-    heads = _heads(config) if ARCHITECTURES[architecture].interleaved else {}
+    heads = paired_heads(architecture, config)
 
     def rows(name: str, start: int, stop: int) -> torch.Tensor:
         count = next((count for part, count in heads.items() if f".{part}." in name), None)
-        order = None if count is None else _halves(np.arange(stored[name].shape[0]), count)[start:stop]
+        order = None if count is None else halves(np.arange(stored[name].shape[0]), count)[start:stop]
         return torch.from_numpy(_dequantised(path, stored[name], slice(start, stop) if order is None else order))
 
     return Checkpoint(
@@ -163,15 +122,12 @@ def _dequantised(path: Path, tensor: Stored, rows: Any) -> Any:
 
 
 def _hf_name(path: Path, name: str) -> str:
-    block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    top = re.fullmatch(r"(\w+)\.(weight|bias)", name)
-    if block and block[2] in _BLOCK:
-        return f"model.layers.{block[1]}.{_BLOCK[block[2]]}.{block[3]}"
-    if top and top[1] in _TOP:
-        return f"{_TOP[top[1]]}.{top[2]}"
-    raise BaseModelError(
-        f"{path}: {unknown_name('tensor', name, [*_TOP, *_BLOCK])}; give a Hugging Face folder instead"
-    )
+    known = to_transformers(name)
+    if known is None:
+        raise BaseModelError(
+            f"{path}: {unknown_name('tensor', name, [*TOP, *BLOCK])}; give a Hugging Face folder instead"
+        )
+    return known
 
 
 def _config(metadata: _Metadata, architecture: str, stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,7 +146,7 @@ def _config(metadata: _Metadata, architecture: str, stored: Mapping[str, Any]) -
         "attention_bias": "model.layers.0.self_attn.q_proj.bias" in stored,
         "dtype": "float32",
     }
-    for key, ours in _CONFIG.items():
+    for key, ours in CONFIG.items():
         if key in _ESSENTIAL or f"{architecture}.{key}" in metadata:
             value = metadata[f"{architecture}.{key}"]
             # A float32 in the file: its shortest decimal (1e-05) is what the model's makers wrote.
@@ -201,17 +157,6 @@ def _config(metadata: _Metadata, architecture: str, stored: Mapping[str, Any]) -
     return config
 
 
-def _heads(config: Mapping[str, Any]) -> dict[str, int]:
-    queries = int(config["num_attention_heads"])
-    return {"q_proj": queries, "k_proj": int(config.get("num_key_value_heads", queries))}
-
-
-def _halves(weight: Any, heads: int) -> Any:
-    """Rows from pairs to halves: within each head, row 2i+j comes to j·(d/2)+i."""
-    pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(weight.shape))
-
-
 def _write_tokenizer(metadata: _Metadata, folder: Path) -> None:
     """tokenizer.json and tokenizer_config.json, written by hand: both majors of transformers read them alike."""
     _byte_pairs(metadata).save(str(folder / "tokenizer.json"))
@@ -220,7 +165,7 @@ def _write_tokenizer(metadata: _Metadata, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "model_max_length": metadata[f"{metadata['general.architecture']}.context_length"],
     }
-    for ours, role in _ROLES.items():
+    for ours, role in ROLES.items():
         if f"tokenizer.ggml.{role}_token_id" in metadata:
             config[ours] = metadata["tokenizer.ggml.tokens"][metadata[f"tokenizer.ggml.{role}_token_id"]]
     if "tokenizer.chat_template" in metadata:
@@ -241,8 +186,6 @@ def _byte_pairs(metadata: _Metadata) -> Any:
     bpe.decoder = tokenizers.decoders.ByteLevel()
     typed = list(zip(tokens, types, strict=True))
     added = tokenizers.AddedToken
-    bpe.add_special_tokens(
-        [added(token, normalized=False, special=True) for token, type_ in typed if type_ == _CONTROL]
-    )
-    bpe.add_tokens([added(token, normalized=False) for token, type_ in typed if type_ == _USER_DEFINED])
+    bpe.add_special_tokens([added(token, normalized=False, special=True) for token, type_ in typed if type_ == CONTROL])
+    bpe.add_tokens([added(token, normalized=False) for token, type_ in typed if type_ == USER_DEFINED])
     return bpe

@@ -46,6 +46,11 @@ class Keeping:
     clock: Callable[[], float] = time.monotonic
 
 
+def apart(keeping: Keeping | None) -> Keeping | None:
+    """Where training is kept that is no round of the fleet's, so that no round goes on from it."""
+    return keeping and replace(keeping, folder=keeping.folder / "personal-round")
+
+
 @dataclass(frozen=True)
 class RoundName:
     """Which round a state is of.

@@ -16,26 +16,25 @@ from edge_runtime.errors import DataError, DeviceMemoryError
 from edge_runtime.lora.adapter import Adapter, Matrix, Slot
 from edge_runtime.lora.algebra import change
 from edge_runtime.lora.slices import Scores
-from edge_runtime.train import cores, data, drift, heap, loop, prepared, resume
+from edge_runtime.train import cores, data, drift, heap, loop, own_texts, prepared, resume
 from edge_runtime.train.alignment import scores
 from edge_runtime.train.base import LoadedBase, load, prepare
 from edge_runtime.train.bounds import bound_primitive_cache
 from edge_runtime.train.exhaustion import bearing
 from edge_runtime.train.families import get
 from edge_runtime.train.footprint import Footprint
-from edge_runtime.train.keeping import Keeping, KeptRounds, RoundName, key_of
+from edge_runtime.train.keeping import Keeping, KeptRounds, RoundName, apart, key_of
 from edge_runtime.train.live import LiveModel
+from edge_runtime.train.near import terms_of
 from edge_runtime.train.optimizer import LEAST_8BIT, Array
 from edge_runtime.train.planning import Owner, choose, in_words, shared, slot_of
 from edge_runtime.train.receiving import Received, fitted, receive, slot_for
+from edge_runtime.train.regaining import regained_at
 from edge_runtime.train.reporting import SILENT, Reporting, Reports, Subject
 from edge_runtime.train.source import resolve
 from edge_runtime.train.tasks import same_model, same_numbers, task_of
-from edge_runtime.train.terms import Term, proximal, push, tail
-from edge_runtime.train.token_cache import in_words as told_of
-from edge_runtime.train.token_cache import tokens_of
 from edge_runtime.train.vocabulary import check_vocabulary
-from edge_runtime.trainer import AdapterSpec, Gate, Introduction, LocalResult, StepReport, Training
+from edge_runtime.trainer import AdapterSpec, Gate, Introduction, LocalResult, StepReport, Texts, Training
 from profiles.card import ModelCard
 from profiles.device import DeviceProfile
 from profiles.find_card import find_card
@@ -87,6 +86,7 @@ class Ready:
     live: LiveModel
     train: Sequence[data.Tokenised]
     held_out: Sequence[data.Tokenised]
+    choosing: Sequence[data.Tokenised]
     data: str
     """A digest of the examples to train on, in their order."""
 
@@ -107,6 +107,7 @@ class LocalTrainer:
         self._ready: Ready | None = None
         self._received: Received | None = None
         self._kept = KeptRounds(settings.keeping, say)
+        self._kept_own = KeptRounds(apart(settings.keeping), say)
         self._footprint = Footprint()
         self.reports = Reports(settings.reporting, say)
 
@@ -149,7 +150,7 @@ class LocalTrainer:
             return self._introduction(before)
         if before is not None and before.spec != spec:
             before = None
-            self._kept.forget()
+            self._forget()
             self.release()
         card = find_card(self._settings.base)
         profile = self._profile = self._probed(card)
@@ -162,12 +163,16 @@ class LocalTrainer:
             heap.release()
             self._footprint.begin()
         else:
-            self._kept.forget()
+            self._forget()
             del before  # two models at once are what no device has room for
             self.release()
             with bearing("loading the base model"):
                 self._ready = self._load(spec, ceiling, chosen, card, slot, profile)
         return self._introduction(self._ready)
+
+    def _forget(self) -> None:
+        self._kept.forget()
+        self._kept_own.forget()
 
     def _probed(self, card: ModelCard) -> DeviceProfile:
         limit, cache = self._settings.owner.memory_limit, self._settings.cache
@@ -188,45 +193,25 @@ class LocalTrainer:
     ) -> Ready:
         settings = self._settings
         found = prepare(
-            settings.base,
-            precision=chosen.precision,
-            cache=settings.cache,
+            settings.base, precision=chosen.precision, regained=regained_at(chosen.precision, spec.regained),
+            cache=settings.cache, say=self._say,
             memory_bytes=None if profile.pool == "gpu" else profile.memory_bearable_bytes or None,
-            say=self._say,
-        )
+        )  # fmt: skip
         torch.set_num_threads(chosen.threads)
         self._footprint.begin()  # what conversion took is no part of the plan
         device = "cuda" if profile.kind == "cuda" else "cpu"
         base = load(found, compute_dtype=chosen.compute_dtype, product_dtype=chosen.product_dtype, device=device)
-        tokens, tokens_held_out = self._tokens(base, chosen.max_length)
-        live = get(spec.family).attach(cores.inserted(base.model, slot), slot, scaling=spec.scaling)
-        digest = data.digest_of(tokens.examples)
-        return Ready(chosen, card, spec, ceiling, slot, base, live, tokens.examples, tokens_held_out.examples, digest)
-
-    def _tokens(self, base: LoadedBase, max_length: int) -> tuple[data.TokenisedSet, data.TokenisedSet]:
-        """This device's examples as tokens, those to train on and those held out.
-
-        Raises:
-            DataError: nothing to learn is left of any of them.
-            BaseModelError: the tokenizer does not belong to the base.
-        """
-        settings = self._settings
         rows = base.model.get_input_embeddings().weight.shape[0]
         check_vocabulary(base.tokenizer, rows, base.prepared.label)
-        train, held_out = data.split(settings.examples, fraction=settings.eval_fraction)
-        found = tuple(
-            tokens_of(part, base.tokenizer, max_length, cache=settings.cache / "tokens", say=self._say, vocab_size=rows)
-            for part in (train, held_out[: settings.eval_examples])
+        texts = own_texts.tokens_in(
+            self._parts(), base.tokenizer, chosen.max_length, cache=settings.cache / "tokens", say=self._say, rows=rows
         )
-        if not all(part.examples for part in found):
-            raise DataError(
-                f"no example has a completion within {max_length} tokens; give shorter examples, "
-                "or raise adapter.max_length in the fleet's file"
-            )
-        for part in found:
-            if told := told_of(part, max_length):
-                self._say(told)
-        return found[0], found[1]
+        live = get(spec.family).attach(cores.inserted(base.model, slot), slot, scaling=spec.scaling)
+        return Ready(chosen, card, spec, ceiling, slot, base, live, *texts, data.digest_of(texts.train))
+
+    def _parts(self) -> own_texts.Parts:
+        settings = self._settings
+        return own_texts.parts_of(settings.examples, settings.eval_fraction, settings.eval_examples)
 
     def _introduction(self, ready: Ready) -> Introduction:
         versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
@@ -239,6 +224,7 @@ class LocalTrainer:
             precision=ready.plan.precision,
             plan=in_words(ready.plan, ready.card, ready.spec),
             least=LEAST_8BIT if ready.plan.optimizer == "adamw_8bit" else 1,
+            choosing=len(ready.choosing),
             software=f"python {platform.python_version()}, " + ", ".join(f"{n} {v}" for n, v in versions.items()),
         )
 
@@ -250,7 +236,7 @@ class LocalTrainer:
         """
         ready, family = self.ready, get(self.ready.spec.family)
         with bearing("putting the global adapter into the model"):
-            live = fitted(ready.live, family, slot_for(ready.slot, rows))
+            live = fitted(ready.live, family, slot_for(ready.slot, rows, adapter.ranks))
             self._ready = replace(ready, live=live)
             self._received = receive(live, family, adapter, rows)
         self.reports.received()
@@ -264,21 +250,26 @@ class LocalTrainer:
         )  # fmt: skip
         return scores(ready.live, ready.train, task_of(one, 0, ready.plan, ready.spec))
 
-    def evaluate(self) -> float:
-        """Mean completion loss on the held-out examples, nats per token."""
-        ready = self.ready
+    def evaluate(self, texts: Texts = "reported") -> float:
+        """Mean completion loss on held-out examples, nats per token; of those that choose, no tracker is told."""
+        ready, reported = self.ready, texts == "reported"
         with bearing("evaluating"):
-            loss = loop.evaluate(ready.live, ready.held_out).loss
-        self.reports.evaluated(loss, self._subject)
+            loss = loop.evaluate(ready.live, ready.held_out if reported else ready.choosing).loss
+        if reported:
+            self.reports.evaluated(loss, self._subject)
         return loss
 
     def _subject(self) -> Subject:
-        ready, settings = self.ready, self._settings
-        held_out = data.split(settings.examples, fraction=settings.eval_fraction)[1]
-        return Subject(ready.live.model, ready.base.tokenizer, held_out, ready.plan)
+        ready = self.ready
+        return Subject(ready.live.model, ready.base.tokenizer, self._parts().reported, ready.plan)
 
     def train(
-        self, training: Training, round_number: int, on_step: Callable[[StepReport], None], gate: Gate
+        self,
+        training: Training,
+        round_number: int,
+        on_step: Callable[[StepReport], None],
+        gate: Gate,
+        personal: Adapter | None = None,
     ) -> LocalResult:
         """One local round from what was received, or the rest of one that was interrupted.
 
@@ -290,7 +281,8 @@ class LocalTrainer:
                 schedule that this version does not know.
             KeyboardInterrupt: asked to stop.
         """
-        ready, received, kept = self.ready, self._received, self._kept
+        ready, received = self.ready, self._received
+        kept = self._kept if personal is None else self._kept_own
         if received is None:
             raise DataError("nothing was received yet; receive() comes first")
         task = task_of(training, round_number, ready.plan, ready.spec)
@@ -305,7 +297,7 @@ class LocalTrainer:
             return gate()
 
         with bearing("training"):
-            start = self._start(training, round_number, received)
+            start = self._start(training, round_number, received, personal)
             try:
                 result = loop.train_round(
                     ready.live,
@@ -315,7 +307,7 @@ class LocalTrainer:
                     on_step=stepped,
                     should_stop=asked,
                     keep=kept.stepped,
-                    terms=self._terms(training, received, start),
+                    terms=terms_of(training, received, start, ready.live.scaling, personal),
                 )
             except resume.NotFiniteError as error:
                 if error.state is not None:
@@ -336,12 +328,15 @@ class LocalTrainer:
         moved = {name: change(pair, received.before[name]) for name, pair in trained.items()}
         return LocalResult(Adapter(moved), result.examples, result.loss_first, result.loss_last)
 
-    def _start(self, training: Training, round_number: int, received: Received) -> resume.RoundState | None:
+    def _start(
+        self, training: Training, round_number: int, received: Received, personal: Adapter | None
+    ) -> resume.RoundState | None:
         """What the round begins with; None for the adapter that was received, and nothing more."""
         ready, base = self.ready, self.ready.base.prepared.fingerprint
         optimizer = ready.plan.optimizer  # moments of one kind mean nothing to the other
-        of_model = (base, ready.spec.family, optimizer)
-        of_round = (training, round_number, received.digest, ready.live.slot, received.rows)
+        of_model = (base, ready.base.prepared.regained, ready.spec.family, optimizer)
+        own = () if personal is None else (personal.digest(),)
+        of_round = (training, round_number, received.digest, ready.live.slot, received.rows, *own)
         key = key_of(*of_round, same_numbers(ready.plan), of_model, ready.data)
         family = get(ready.spec.family)
 
@@ -356,21 +351,11 @@ class LocalTrainer:
             return drift.drift_of(last, rounds, held, ready.live.scaling, training.correction)
 
         beside = pushed if training.correction else None
-        start = self._kept.begin(name, parameters, carry=training.carry_moments, beside=beside)
+        kept = self._kept if personal is None else self._kept_own
+        start = kept.begin(name, parameters, carry=training.carry_moments, beside=beside)
         if start is not None and start.reports:
             self._say(f"going on after step {len(start.reports)} of {training.max_steps}")
         return start
-
-    def _terms(self, training: Training, received: Received, start: resume.RoundState | None) -> list[Term]:
-        """What holds the device near its fleet, beside the loss."""
-        scaling = self.ready.live.scaling
-        found = [tail(training.kept, training.tail_penalty, scaling)] if training.tail_penalty else []
-        if training.proximal:
-            found.append(proximal(received.before, training.proximal, scaling))
-        direction = drift.pushes(start.beside) if start is not None else {}
-        if training.correction and direction:
-            found.append(push(direction, training.correction, scaling))
-        return found
 
     def _check_footprint(self, step: int) -> None:
         """Compare the peak since the plan was made with what the device can bear, before the kernel does.

@@ -2,7 +2,8 @@
 
     y = x Wᵀ + bias + s (x A_hᵀ) B_hᵀ + s (x Aᵀ) Bᵀ
 
-W is opened from whatever it is kept in, forward and backward, and never kept. (A_h, B_h) are held and frozen; (A, B)
+Where a quantised layer has what it lost regained beside it (see `regaining`), W stands for Q(W) and that together. W is
+opened from whatever it is kept in, forward and backward, and never kept. (A_h, B_h) are held and frozen; (A, B)
 are trained in float32. In the backward pass x Aᵀ is computed again: it costs a thin product, and keeping it would cost
 as many numbers per token as the rank. The input is one tensor for all layers that read it (q, k and v; gate and up), so
 it is kept once for all of them.
@@ -52,9 +53,39 @@ def _open_4bit(layer: Any, dtype: torch.dtype) -> Opened:
 OPENERS: dict[str, Callable[[Any, torch.dtype], Opened]] = {"Linear4bit": _open_4bit, "Int8Linear": _open_int8}
 
 
+REGAINED = "regained"
+"""Attribute of a layer: a (r, d_in) and b (d_out, r) of what it lost when it was quantised, frozen; most have none."""
+
+
 def opener_of(layer: Any) -> Callable[[Any, torch.dtype], Opened]:
     """How the weight of a layer is opened: by the name of its class, and plainly where the table does not name it."""
     return OPENERS.get(type(layer).__name__, _open_plain)
+
+
+def opened_weight(layer: Any) -> torch.Tensor:
+    """(d_out, d_in) float32, the frozen weight of a layer of any kind, with what is regained of it.
+
+    Of 4-bit weights as they are: rounded to bfloat16, whole blocks of equal codes would be off together, and the norm
+    of a row by a thousandth.
+    """
+    state = getattr(layer.weight, "quant_state", None)
+    before = None if state is None else state.dtype
+    try:
+        if state is not None:
+            state.dtype = torch.float32
+        weight, scale = opener_of(layer)(layer, torch.float32)
+    finally:
+        if state is not None:
+            state.dtype = before
+    whole: torch.Tensor = weight if scale is None else weight * scale.reshape(-1, 1)
+    for narrow, wide in _regained(layer):
+        whole = whole + wide.float() @ narrow.float()
+    return whole
+
+
+def _regained(layer: Any) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    found = getattr(layer, REGAINED, None)
+    return () if found is None else (found,)
 
 
 # torch offers no other way to state a gradient than this subclass.
@@ -83,6 +114,8 @@ class _AdaptedProduct(torch.autograd.Function):
             if bias is not None:
                 y += bias.to(kind)
         del weight
+        for narrow, wide in _regained(layer):
+            y.addmm_(rows @ narrow.to(kind).T, wide.to(kind).T)
         for down, up in ((held_a, held_b), (a, b)):
             if down is not None and up is not None:
                 y.addmm_(rows @ down.to(kind).T, up.to(kind).T, alpha=scaling)
@@ -103,6 +136,8 @@ class _AdaptedProduct(torch.autograd.Function):
             weight, scale = opener_of(ctx.layer)(ctx.layer, kind)
             dx = (g if scale is None else g * scale) @ weight
             del weight
+            for narrow, wide in _regained(ctx.layer):
+                dx.addmm_(g @ wide.to(kind), narrow.to(kind))
             if held_a is not None:
                 dx.addmm_(g @ held_b.to(kind), held_a.to(kind), alpha=ctx.scaling)
         if a is not None:

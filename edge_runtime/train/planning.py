@@ -77,6 +77,7 @@ def choose(
         # What was received of the trained slice is held in any case, but not on a card.
         copies=bool(training.correction) + (bool(training.proximal) and profile.pool != "host"),
         family=spec.family,
+        regained=spec.regained,
     )
     memory = ceiling
     if ceiling is not None and "memory_bearable_bytes" not in profile.unreadable:

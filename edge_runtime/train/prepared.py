@@ -42,6 +42,8 @@ class Manifest(BaseModel):
     precision: str
     label: str
     """A name for people."""
+    regained: Annotated[int, Field(ge=0)] = 0
+    """Directions of what each quantised layer lost that lie beside the weights; see `regaining`."""
     files: Mapping[FileName, FileRecord]
     """Every file of the folder but `base.json` itself."""
     libraries: Mapping[str, str]
@@ -62,13 +64,15 @@ def is_prepared(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def seal(folder: Path, *, fingerprint: str, precision: str, label: str) -> Manifest:
+def seal(folder: Path, *, fingerprint: str, precision: str, label: str, regained: int = 0) -> Manifest:
     """Write `base.json` for the files now in the folder; nothing may be added or changed afterwards."""
     files = {
         path.name: FileRecord(size=path.stat().st_size, sha256=digest_of(path)) for path in sorted(folder.iterdir())
     }
     libraries = {library: _version(library) for library in _LIBRARIES}
-    manifest = Manifest(fingerprint=fingerprint, precision=precision, label=label, files=files, libraries=libraries)
+    manifest = Manifest(
+        fingerprint=fingerprint, precision=precision, label=label, regained=regained, files=files, libraries=libraries
+    )
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return manifest
 

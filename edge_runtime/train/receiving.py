@@ -26,11 +26,23 @@ class Received:
     digest: str
 
 
-def slot_for(slot: Slot, rows: Mapping[str, Sequence[int]] | None) -> Slot:
-    """The plan's slot with as many directions trained as rows are named, where rows are named at all."""
+def slot_for(slot: Slot, rows: Mapping[str, Sequence[int]] | None, ranks: Mapping[str, int]) -> Slot:
+    """The plan's slot with as many directions trained as rows are named, where rows are named at all.
+
+    A layer of which rows are named may come wider than it was planned: with directions of the device's own.
+
+    Args:
+        slot: of the plan.
+        rows: layer → which of its rows are trained.
+        ranks: layer → of the adapter that comes.
+    """
     if rows is None:
         return slot
-    return Slot({name: replace(layer, trained=len(rows.get(name, ()))) for name, layer in slot.layers.items()})
+    layers = {}
+    for name, layer in slot.layers.items():
+        held = max(layer.held, ranks.get(name, 0)) if name in rows else layer.held
+        layers[name] = replace(layer, held=held, trained=len(rows.get(name, ())))
+    return Slot(layers)
 
 
 def fitted(live: LiveModel, family: Family, slot: Slot) -> LiveModel:

@@ -27,8 +27,8 @@ Kind = Literal["folder", "gguf", "hub"]
 CONFIG = "config.json"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
-# What a causal language model needs: no pickles, no copies of the weights in other formats.
-_HUB_FILES = ["*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja"]
+# What a causal language model needs: no pickles, no copies of the weights in other formats. The card names its licence.
+_HUB_FILES = ["*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
 
 
 # Fields of config.json that change neither shapes nor arithmetic; a tool that re-saves a model rewrites some of them.

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from edge_runtime.errors import CorruptPayloadError, TooLargeError, VersionMismatchError
 from edge_runtime.lora.adapter import LayerSlot, Slot
 from edge_runtime.lora.factors import Factors, Private
-from edge_runtime.trainer import AdapterSpec, Training
+from edge_runtime.trainer import AdapterSpec, PersonalSpec, Training
 from edge_runtime.wire.blobs import BlobRef, as_ranges
 from edge_runtime.wire.sampling import FULL, number_of
 
@@ -105,6 +105,7 @@ class Directive(Model):
     max_staleness: Count = 0
     sent: Factors = "ab"
     private: Private = ""
+    personal: PersonalSpec = PersonalSpec()
 
     def asks(self, client: str) -> bool:
         """Whether this device takes part in the round."""
@@ -185,6 +186,9 @@ class Report(Model):
     bytes_down: Count = 0
     peak_bytes: Count = 0
     export_max_logit_diff: Finite | None = None
+    way: Annotated[str, Field(max_length=64)] = ""
+    delivered: Literal["", "personal", "global"] = ""
+    """Of state "done": how the personal adapter was made, and which one it left with."""
     detail: Annotated[str, Field(max_length=1024)] = ""
 
 

@@ -4,7 +4,8 @@
 
 Source: Guo et al., "Selective Aggregation for Low-Rank Adaptation in Federated Learning", ICLR 2025, arXiv 2410.01463.
 
-Differs from the paper: nothing. Devices keep `b` in their own durable state, with the update of the same round.
+Differs from the paper: a device turns its `b` with the shared `a`, if that comes back turned (`lora.rebasing`); where
+`a` is what it was, nothing is turned. Devices keep both in their own durable state, with the update of the same round.
 
 What it costs: there is no global model. The server's adapter has b = 0, a device that never trained has nothing to
 serve, and losses are those of personal models. A device that was away for some rounds has a `b` for an older `a`. Half

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from benchmarks.methods import EQUAL, OURS, RIVALS, SAME, SETTINGS, WAYS, Order, Runner, figures, tuned
+from benchmarks.methods import Runner, batches, figures, finalists, tuned
 from benchmarks.methods_fleet import SMALLEST, Rate
+from benchmarks.methods_lives import Order, Place
+from benchmarks.methods_settings import EQUAL, OURS, RIVALS, SAME, SETTINGS, WAYS
 from server import aggregators
 
 pytestmark = pytest.mark.torch
@@ -59,15 +62,27 @@ def test_a_win_needs_intervals_that_do_not_overlap(theirs: tuple[float, ...], wi
 def test_lives_that_are_kept_are_not_run_again(tmp_path: Path) -> None:
     kept = tmp_path / "lives.jsonl"
     kept.write_text(json.dumps({"key": FIRST.key, "life": life(0.5)}) + "\n", encoding="utf-8")
-    runner = Runner(tmp_path / "no such data", kept, 1)
+    runner = Runner(Place(tmp_path / "no such data", "minilm", "cpu"), kept, ThreadPoolExecutor(1), 4)
     assert runner.all([FIRST, FIRST], "lives") == {FIRST: life(0.5)}
 
 
 def test_every_way_is_a_method_that_can_serve_its_fleet() -> None:
     for way in WAYS.values():
-        method = aggregators.build(way.method, **dict(way.facts))
+        method = aggregators.build(way.method)
         assert bool(way.rank) or not method.equal_ranks, f"{way.name} would be refused by an unequal fleet"
     assert {way.rank for way in WAYS.values() if way.method in EQUAL} <= {SMALLEST, 32}
-    # The benchmark's devices have neither directions of their own nor cores.
-    assert {way.method for way in WAYS.values()} == set(aggregators.METHODS) - {"pf2lora", "fed_sb"}
+    assert {way.method for way in WAYS.values()} == set(aggregators.METHODS)
     assert math.isinf(SETTINGS["iid"].alpha)
+
+
+def test_lives_of_one_fleet_go_side_by_side_and_no_more_than_may() -> None:
+    orders = [replace(FIRST, seed=seed, rate=rate) for seed in range(2) for rate in (1e-3, 2e-3, 4e-3)]
+    found = batches([*orders, replace(FIRST, rounds=9)], 2)
+    assert sorted(map(len, found)) == [1, 1, 1, 2, 2]
+    assert all(len({(order.setting, order.seed, order.rounds) for order in batch}) == 1 for batch in found)
+
+
+def test_the_best_rates_and_half_of_the_best_go_on_to_all_rounds() -> None:
+    losses = {1e-3: 0.6, 2e-3: 0.4, 4e-3: 0.5, 8e-3: math.inf}
+    found = {replace(FIRST, rate=rate): life(loss) for rate, loss in losses.items()}
+    assert finalists(found, OURS.name, 2) == [Rate(2e-3, 0.0), Rate(4e-3, 0.0), Rate(1e-3, 0.0)]

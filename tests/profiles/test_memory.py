@@ -28,6 +28,7 @@ SETTINGS = st.builds(
     gradient_checkpointing=st.booleans(),
     recomputed_layers=st.sampled_from([None, 0, 1]),
     optimizer=st.sampled_from(["adamw", "adamw_8bit"]),
+    regained=st.sampled_from([0, 16]),
 )
 
 # VmHWM in MiB, as benchmarks/memory_prediction.py found it with the versions that profiles.memory names.
@@ -101,6 +102,17 @@ def test_each_layer_recomputed_saves_memory_but_the_last_one(setting: Setting, p
     assert totals[:-1] == sorted(totals[:-1], reverse=True)
     assert len(set(totals[:-1])) == len(totals) - 1
     assert totals[-1] > totals[-2]
+
+
+@given(setting=SETTINGS, regained=st.integers(1, 64))
+def test_what_a_4_bit_base_regained_takes_its_factors_in_bfloat16_and_other_bases_regain_nothing(
+    setting: Setting, regained: int
+) -> None:
+    none, some = (estimate(smollm2(), replace(setting, regained=count)) for count in (0, regained))
+    a_layer = 2 * (576 + 576) + 2 * (192 + 576) + 3 * (576 + 1536)
+
+    expected = 2 * regained * 30 * a_layer if setting.precision == "nf4" else 0
+    assert some.total - none.total == some.base_weights - none.base_weights == expected
 
 
 def test_8_bit_moments_save_six_bytes_of_each_number_of_a_factor_that_is_large_enough() -> None:

@@ -51,6 +51,15 @@ def test_accumulation_multiplies_the_passes_and_not_the_update(steps: int) -> No
     )
 
 
+def test_what_a_4_bit_base_regained_takes_time_and_other_bases_regain_nothing() -> None:
+    def ratio(precision: str) -> float:
+        none, some = (replace(SETTING, precision=precision, regained=count) for count in (0, 16))
+        return seconds_per_step(MEASURED, smollm2(), some) / seconds_per_step(MEASURED, smollm2(), none)
+
+    assert 1.01 < ratio("nf4") < 1.3
+    assert ratio("int8") == ratio("bf16") == 1
+
+
 @given(count=st.integers(0, 29))
 def test_each_layer_that_is_recomputed_costs_one_pass_over_it(count: int) -> None:
     none, one, fewer, more, whole = (

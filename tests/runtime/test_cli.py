@@ -59,6 +59,9 @@ USAGE = [
     (["client", "--data", "good.jsonl", "--memory-limit", "lots"], ["900M", "'lots'"]),
     (["profile", "--as-device", "toaster"], ["'toaster'", "raspberry-pi-5", "jetson-orin-nano"]),
     (["export", "--format", "zip", "--out", "x", "--state-dir", "y"], ["'zip'", "peft"]),
+    (["export", "--format", ",", "--out", "x", "--state-dir", "y"], ["--format", "peft"]),
+    (["chat"], ["--adapter", "--onnx", "--gguf"]),
+    (["chat", "--adapter", "a", "--gguf", "b"], ["exactly one"]),
     (["broker", "--kind", "kafka"], ["'kafka'", "mosquitto, nats"]),
     (["demo", "--device", "pi"], ["NAME:MEMORY:DATA", "'pi'"]),
     (["demo", "--device", "pi:1G:a.jsonl", "--device", "pi:2G:b.jsonl"], ["different names", "pi, pi"]),
@@ -135,7 +138,10 @@ def test_export_wants_one_place_to_export_from(product: Launcher) -> None:
         assert "--state-dir" in only_line(err)
 
 
-@pytest.mark.parametrize(("flag", "what"), [("--store", "a server's store"), ("--state-dir", "no PEFT folder")])
+@pytest.mark.parametrize(
+    ("flag", "what"),
+    [("--store", "a server's store"), ("--state-dir", "personal adapter"), ("--peft", "no PEFT folder")],
+)
 def test_export_from_a_folder_that_is_not_there_says_what_was_expected(product: Launcher, flag: str, what: str) -> None:
     code, _, err = product.run("export", "--out", "x", flag, "nowhere")
 

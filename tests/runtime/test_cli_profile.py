@@ -36,8 +36,9 @@ def test_an_explained_plan_shows_where_memory_and_time_go(product: Launcher) -> 
 
 
 @pytest.mark.usefixtures("base")
-def test_for_machines_the_parts_add_up_to_the_plan(product: Launcher) -> None:
-    code, out, _ = product.run(*PLAN, "--json")
+@pytest.mark.parametrize("flags", [(), ("--precision", "nf4", "--set", "adapter.regained=16")])
+def test_for_machines_the_parts_add_up_to_the_plan(product: Launcher, flags: tuple[str, ...]) -> None:
+    code, out, _ = product.run(*PLAN, "--json", *flags)
     found = json.loads(out)
 
     assert code == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from edge_runtime.client import FINISHED
 from edge_runtime.lora.adapter import Adapter
 from edge_runtime.lora.algebra import cut
 from edge_runtime.wire import bands, blobs, codec, topics
@@ -99,6 +100,12 @@ def test_it_ends_with_a_personal_adapter_and_says_how_good_it_is(desk: Desk) -> 
     assert done.held_out.base == pytest.approx(desk.disk.fact("loss_base"))
     assert done.bytes_up > 0
     assert said[-1] == Presence(client=NAME, state="offline")
+    # What the card of the adapter is written from.
+    known = desk.disk.fact(FINISHED)
+    assert (known["version"], known["rounds"]) == (1, 1)
+    assert known["losses"] == {
+        "base": done.held_out.base, "global": done.held_out.merged, "personal": done.held_out.personal,
+    }  # fmt: skip
 
 
 def test_without_personal_steps_the_global_adapter_is_exported_as_it_is(desk: Desk) -> None:

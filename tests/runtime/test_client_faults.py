@@ -62,6 +62,22 @@ def test_what_is_not_answered_is_said_again_after_a_while(desk: Desk) -> None:
     assert hear_nothing(desk, REPEAT_SECONDS) == [hello]
 
 
+def test_a_first_directive_that_the_broker_kept_and_never_delivered_is_asked_for_again(desk: Desk) -> None:
+    turns = iter(range(12))
+
+    def stop() -> bool:
+        turn = next(turns, None)
+        if turn == 1:  # it has subscribed, and the broker misses that somebody is there for what it keeps now
+            desk.broker._exchange.retained[topics.directive(FLEET)] = dump(directive("gather", 0))
+        if turn == 5:
+            assert of(Hello, desk.heard()) == []
+            desk.clock.now += REPEAT_SECONDS + 1
+        return turn is None
+
+    desk.client.run(stop, poll=0.0)
+    assert len(of(Hello, desk.heard())) == 1
+
+
 def test_an_offer_is_said_again_until_it_is_answered(desk: Desk) -> None:
     offer = offered(desk)
     for _ in range(2):

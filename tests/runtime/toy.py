@@ -16,7 +16,7 @@ from edge_runtime.lora.adapter import Adapter, LayerSlot, Matrix, Pair, Slot
 from edge_runtime.lora.algebra import change, take
 from edge_runtime.lora.pruning import stays
 from edge_runtime.lora.slices import Scores
-from edge_runtime.trainer import AdapterSpec, Gate, Introduction, LocalResult, StepReport, Training
+from edge_runtime.trainer import AdapterSpec, Gate, Introduction, LocalResult, StepReport, Texts, Training
 
 SHAPES: Mapping[str, tuple[int, int]] = {
     f"model.layers.{index}.self_attn.{module}": shape
@@ -84,6 +84,8 @@ class ToyTrainer:
         self._rows: dict[str, Sequence[int]] = {}
         self.slices: list[Mapping[str, tuple[int, ...]]] = []
         self.scored = 0
+        self.chooses: Callable[[ToyTrainer], float] | None = None
+        self.personal: list[Adapter | None] = []
         self.rounds: list[int] = []
         self.specs: list[AdapterSpec] = []
         self.ceilings: list[int | None] = []
@@ -128,6 +130,7 @@ class ToyTrainer:
             precision="fp32",
             plan=f"train {trained}, hold {held}",
             software="numpy",
+            choosing=int(self.chooses is not None),
         )
 
     def receive(self, adapter: Adapter, rows: Mapping[str, Sequence[int]] | None = None) -> None:
@@ -149,16 +152,24 @@ class ToyTrainer:
         found = np.abs(np.einsum("oi,od,id->i", pair.b, error, pair.a))
         return np.asarray(found / np.where(norms > 0, norms, 1), np.float64)
 
-    def evaluate(self) -> float:
-        """Mean square of what is missing."""
+    def evaluate(self, texts: Texts = "reported") -> float:
+        """Mean square of what is missing; a toy has no texts, and what chooses may be made to disagree."""
+        if texts == "choosing" and self.chooses is not None:
+            return self.chooses(self)
         apart = [np.mean((self._whole(name).product() - wanted) ** 2) for name, wanted in self.targets.items()]
         return float(np.mean(apart))
 
     def train(
-        self, training: Training, round_number: int, on_step: Callable[[StepReport], None], gate: Gate
+        self,
+        training: Training,
+        round_number: int,
+        on_step: Callable[[StepReport], None],
+        gate: Gate,
+        personal: Adapter | None = None,
     ) -> LocalResult:
         """Gradient descent at `learning_rate` for `max_steps`."""
         self.rounds.append(round_number)
+        self.personal.append(personal)
         before = dict(self._trained)
         first = self.evaluate()
         for step in range(training.max_steps):

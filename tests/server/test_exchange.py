@@ -55,6 +55,8 @@ def test_what_has_a_meaning_is_let_through(name: str, method: str) -> None:
         (["adapter.slice=personal"], "top, rotating"),
         (["adapter.allocation=spectrum"], "uniform"),
         (["training.proximal=0.1"], "proximal = 0"),
+        (["personal.proximal=0.1"], "proximal = 0"),
+        (["personal.way=beside"], "finetune"),
         (["training.correction=0.1"], "correction = 0"),
         (["training.carry_moments=true"], "carry_moments = false"),
     ],

@@ -29,6 +29,17 @@ EQUAL = "aggregator.method=fedit"
             ["aggregator.method=hetlora", "adapter.slice=personal"],
             r"prune their last directions; found .*; leave both out",
         ),
+        (
+            ["aggregator.method=fedsa_lora", "personal.way=beside"],
+            r"by 'private_factor'; found \[personal\] way = 'beside'",
+        ),
+        (
+            ["aggregator.method=pf2lora", "personal.way=finetune"],
+            r"by 'two_level'; found .* way = 'finetune'; leave it",
+        ),
+        (["personal.way=private_factor"], r"'private_factor'; leave it out, or take .* method = 'fedsa_lora'"),
+        (["personal.way=two_level"], r"'two_level'; leave it out, or take .* method = 'pf2lora'"),
+        (["aggregator.method=fed_sb", "personal.way=beside"], r"trains cores.*'beside'"),
         (["aggregator.method=rolora", "training.correction=1.0"], r"one factor a round.*training\] proximal"),
     ],
 )

@@ -30,7 +30,14 @@ def closing() -> Iterator[ExitStack]:
         yield stack
 
 
-@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"lora"}))
+LONGER = ("bottleneck", "ia3", "layer_norm", "prefix", "bitfit")
+"""Of each kind of exchange, `make test` runs one: pairs with a vector, rows of a tensor, rows of tokens."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in LONGER)) for name in sorted(set(FAMILIES) - {"lora"})],
+)
 def test_a_fleet_of_processes_finishes_by_every_family(
     tiny_base: Path, tmp_path: Path, closing: ExitStack, name: str
 ) -> None:

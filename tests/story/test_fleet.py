@@ -183,37 +183,55 @@ def test_a_device_with_another_base_is_refused_in_one_line_that_names_both(
 
 
 def test_the_final_global_adapter_can_be_exported_from_the_store(undisturbed: Fleet) -> None:
-    out = undisturbed.folder / "exported"
-    code, _, said = undisturbed.processes.run("export", "--store", str(undisturbed.store), "--out", str(out))
+    """And is opened in the engine of its format, on the fleet's own base."""
+    out, base = undisturbed.folder / "exported", str(undisturbed.parts["small"].base)
+    store = ["--store", str(undisturbed.store), "--out", str(out), "--base", base]
+    code, _, said = undisturbed.processes.run("export", *store, "--format", "peft,native")
     _, adapter = undisturbed.merged()
-    exported = read_peft_folder(out)
+    exported = read_peft_folder(out / "peft")
 
     assert code == 0, said
     assert "version 2 of the global adapter" in said
     assert exported.ranks == adapter.ranks
     for name, pair in adapter.items():
         np.testing.assert_allclose(exported[name].product(), pair.product(), rtol=1e-5, atol=1e-7)
+    for form in ("peft", "native"):
+        parity = json.loads((out / form / "parity.json").read_text())
+        about = json.loads((out / form / "origin.json").read_text())
+        assert parity["good"]
+        assert parity["max_logit_diff"] <= 1e-4
+        assert (about["version"], about["devices"]) == (2, len({client for _, client in undisturbed.updates()}))
+        assert about["losses"].keys() == {"base", "global"}
 
 
 def test_an_earlier_version_can_be_exported_and_one_that_never_was_is_refused(undisturbed: Fleet) -> None:
     out = undisturbed.folder / "first"
-    store = ["--store", str(undisturbed.store), "--out", str(out)]
+    store = ["--store", str(undisturbed.store), "--out", str(out), "--no-verify"]
 
     assert undisturbed.processes.run("export", *store, "--version", "1")[0] == 0
-    assert read_peft_folder(out).digest() != undisturbed.merged()[1].digest()
+    assert read_peft_folder(out / "peft").digest() != undisturbed.merged()[1].digest()
     code, _, said = undisturbed.processes.run("export", *store, "--version", "7")
     assert code == 15
     assert "versions [0, 1, 2]; found no version 7" in said
+    code, _, said = undisturbed.processes.run("export", *store)
+    assert code == 15
+    assert "--force" in said
 
 
-def test_a_personal_adapter_can_be_exported_from_the_state_of_its_device(undisturbed: Fleet) -> None:
+def test_a_personal_adapter_can_be_exported_from_the_state_of_its_device(stories: Stories, undisturbed: Fleet) -> None:
     out, state = undisturbed.folder / "mine", undisturbed.state_dir("small")
     code, _, said = undisturbed.processes.run("export", "--state-dir", str(state), "--out", str(out))
 
     assert code == 0, said
-    assert read_peft_folder(out).digest() == read_peft_folder(state / "personal").digest()
-    named = [json.loads((folder / "adapter_config.json").read_text()) for folder in (out, state / "personal")]
+    assert read_peft_folder(out / "peft").digest() == read_peft_folder(state / "personal").digest()
+    named = [json.loads((folder / "adapter_config.json").read_text()) for folder in (out / "peft", state / "personal")]
     assert named[0]["base_model_name_or_path"] == named[1]["base_model_name_or_path"]
+    for folder in (out / "peft", state / "personal"):
+        about = json.loads((folder / "origin.json").read_text())
+        assert (about["fleet"], about["device"], about["version"]) == ("story", "small", 2)
+        assert about["fingerprint"] == stories.fingerprint
+        assert about["losses"].keys() == {"base", "global", "personal"}
+        assert json.loads((folder / "parity.json").read_text())["good"]
 
 
 def test_a_device_that_has_left_stays_away_when_it_is_started_again(undisturbed: Fleet) -> None:

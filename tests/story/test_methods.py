@@ -7,7 +7,7 @@ methods in processes of their own would spend their time on importing torch.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from edge_runtime import config
+from edge_runtime import config, ways
 from edge_runtime.client import Client, Identity, will
 from edge_runtime.lora.adapter import Adapter
 from edge_runtime.state import DeviceState
@@ -48,7 +48,11 @@ SETTINGS = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["nats", "mosquitto"])
+BROKERS = {"nats": sorted(aggregators.METHODS), "mosquitto": ["fed_sb", "fedsa_lora", "increment"]}
+"""Methods over each: what travels is of few kinds, and brokers are compared in `test_fleet`."""
+
+
+@pytest.fixture(scope="module")
 def broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedBroker]:
     require(request.param)
     running = start(request.param, store=tmp_path_factory.mktemp("broker"), settings=Settings(ack_wait_s=2.0))
@@ -99,22 +103,33 @@ class Life:
         first: the first.
         records: what the server recorded.
         personal: device → its own adapter at the end.
+        kept: device → what it remembers of it.
     """
 
     def __init__(self) -> None:
         self.records: list[Mapping[str, Any]] = []
         self.personal: dict[str, Adapter] = {}
+        self.kept: dict[str, tuple[dict[str, Any], bytes | None] | None] = {}
         self.errors: list[BaseException] = []
         self.first = self.merged = Adapter({})
 
 
-def live(method: str, broker: EmbeddedBroker, devices: Callable[[str, bool], LocalTrainer], folder: Path) -> Life:
-    settings, life, stopped = _config(method, broker), Life(), threading.Event()
+def live(
+    method: str,
+    broker: EmbeddedBroker,
+    devices: Callable[[str, bool], LocalTrainer],
+    folder: Path,
+    more: Sequence[str] = (),
+    own: Mapping[str, ways.Own] | None = None,
+) -> Life:
+    """A fleet's life by a method, with more settings of the fleet's file and of its devices' own."""
+    settings, life, stopped = _config(method, more), Life(), threading.Event()
+    tag = settings.fleet.name
     alike = aggregators.build(method).equal_ranks
 
     def serve() -> None:
         store = Store(folder / "server")
-        transport = connect(broker.address, f"{method}-server", on_event=lambda _: None, random=Random(0))
+        transport = connect(broker.address, f"{tag}-server", on_event=lambda _: None, random=Random(0))
         server = Service(settings, transport, store, say=lambda _: None, record=life.records.append)
         server.run(stopped.is_set, poll=0.05)
         for number, name in ((0, "first"), (ROUNDS, "merged")):
@@ -127,7 +142,7 @@ def live(method: str, broker: EmbeddedBroker, devices: Callable[[str, bool], Loc
     def take_part(name: str) -> None:
         disk, trainer = DeviceState(folder / name), cast("LocalTrainer", InTurns(devices(name, alike)))
         last = will(settings.fleet.name, name)
-        transport = connect(broker.address, f"{method}-{name}", on_event=lambda _: None, random=Random(1), will=last)
+        transport = connect(broker.address, f"{tag}-{name}", on_event=lambda _: None, random=Random(1), will=last)
 
         def deliver() -> Delivered:
             life.personal[name] = trainer.personal()
@@ -135,18 +150,19 @@ def live(method: str, broker: EmbeddedBroker, devices: Callable[[str, bool], Loc
 
         Client(
             Identity(settings.fleet.name, name, chunk_bytes=1024), transport=transport, state=disk, trainer=trainer,
-            deliver=deliver, say=lambda _: None,
+            deliver=deliver, say=lambda _: None, own=(own or {}).get(name),
         ).run(stopped.is_set, poll=0.05)  # fmt: skip
         transport.close()
+        life.kept[name] = disk.personal
         disk.close()
 
     _together(life, stopped, serve, *(lambda name=name: take_part(name) for name in RANKS))
     return life
 
 
-def _config(method: str, broker: EmbeddedBroker) -> config.Config:
+def _config(method: str, more: Sequence[str]) -> config.Config:
     name = f"fleet.name=methods-{method}".replace("_", "-")
-    return config.load(None, [*SETTINGS[1:], name, f"aggregator.method={method}", *PARAMETERS.get(method, ())])
+    return config.load(None, [*SETTINGS[1:], name, f"aggregator.method={method}", *PARAMETERS.get(method, ()), *more])
 
 
 def _together(life: Life, stopped: threading.Event, *works: Callable[[], None]) -> None:
@@ -167,7 +183,11 @@ def _together(life: Life, stopped: threading.Event, *works: Callable[[], None]) 
     assert not any(thread.is_alive() for thread in threads)
 
 
-@pytest.mark.parametrize("method", sorted(aggregators.METHODS))
+@pytest.mark.parametrize(
+    ("broker", "method"),
+    [(broker, method) for broker, methods in BROKERS.items() for method in methods],
+    indirect=["broker"],
+)
 def test_a_fleet_learns_by_every_method_over_a_broker(
     method: str, broker: EmbeddedBroker, devices: Callable[[str, bool], LocalTrainer], tmp_path: Path
 ) -> None:

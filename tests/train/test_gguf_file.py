@@ -20,11 +20,12 @@ transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 checkpoint = pytest.importorskip("edge_runtime.train.checkpoint")
 gguf_file = pytest.importorskip("edge_runtime.train.gguf_file")
+gguf_names = pytest.importorskip("edge_runtime.train.gguf_names")
 convert = pytest.importorskip("edge_runtime.train.convert")
 source = pytest.importorskip("edge_runtime.train.source")
 
 NAMES = {"model.embed_tokens.": "token_embd.", "model.norm.": "output_norm.", "lm_head.": "output."} | {
-    f".{theirs}.": f".{ours}." for ours, theirs in gguf_file._BLOCK.items()
+    f".{theirs}.": f".{ours}." for ours, theirs in gguf_names.BLOCK.items()
 }
 HEADS = {".attn_q.": 4, ".attn_k.": 2}
 

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from edge_runtime.train.eight_bit import Int8Linear  # noqa: E402 - after the check that torch is there
-from edge_runtime.train.lora_linear import LoraLinear, frozen_product, opener_of  # noqa: E402 - as above
+from edge_runtime.train.lora_linear import REGAINED, LoraLinear, frozen_product, opener_of  # noqa: E402 - as above
 
 pytestmark = pytest.mark.torch
 
@@ -32,6 +32,13 @@ def nf4() -> Any:
     return layer.to("cpu").requires_grad_(requires_grad=False)
 
 
+def int8_that_regained() -> Any:
+    """With two directions beside it of what it lost."""
+    layer = int8()
+    setattr(layer, REGAINED, (0.1 * torch.randn(2, D_IN), 0.1 * torch.randn(D_OUT, 2)))
+    return layer
+
+
 def adapted(base: Any, trained: int, held: int, dtype: Any = torch.float32) -> LoraLinear:
     layer = LoraLinear(base, trained=trained, held=held, scaling=2.0, held_dtype=torch.float32)
     with torch.no_grad():
@@ -47,13 +54,16 @@ def naive(layer: LoraLinear, x: Any) -> Any:
     weight, scale = opener_of(layer.base)(layer.base, x.dtype)
     y = x @ (weight if scale is None else weight * scale[:, None]).T
     y = y if layer.base.bias is None else y + layer.base.bias
+    if hasattr(layer.base, REGAINED):
+        down, up = layer.base.regained
+        y = y + (x @ down.T) @ up.T
     for a, b in ((layer.a, layer.b), (layer.held_a, layer.held_b)):
         if a is not None and b is not None:
             y = y + 2.0 * (x @ a.T) @ b.T
     return y
 
 
-@pytest.mark.parametrize("build", [plain, int8, nf4])
+@pytest.mark.parametrize("build", [plain, int8, nf4, int8_that_regained])
 @pytest.mark.parametrize(("trained", "held"), [(3, 0), (3, 5), (0, 5)])
 def test_values_and_gradients_are_those_of_the_sum_written_out(build: Any, trained: int, held: int) -> None:
     torch.manual_seed(0)

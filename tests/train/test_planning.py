@@ -71,6 +71,17 @@ def test_a_plan_leaves_room_for_what_holds_a_device_near_its_fleet() -> None:
     assert copies(correction=0.1, proximal=0.1) == pytest.approx(1)
 
 
+def test_a_plan_leaves_room_for_what_its_base_regained() -> None:
+    owner = owner_of(Device(rank=8, held=16, precision="nf4"))
+    plans = [
+        choose(MEASURED, smollm2(), SPEC.model_copy(update={"regained": count}), TRAINING, owner, None)
+        for count in (0, 16)
+    ]
+
+    sums = sum(d_out + d_in for d_out, d_in in smollm2().projections.values())
+    assert plans[1].predicted_peak_bytes - plans[0].predicted_peak_bytes == 2 * 16 * 30 * sums
+
+
 def test_where_ranks_are_equal_a_device_trains_the_fleets_or_says_what_would_work() -> None:
     equal = SPEC.model_copy(update={"equal_ranks": True, "hold_more": False})
     found = choose(MEASURED, smollm2(), equal, TRAINING, owner_of(Device()), None)
