@@ -116,6 +116,7 @@ def compared(ran: Sequence[Ran], path: Path) -> None:
     keys = [text.partition("=")[0] for text in ran[0].run.chosen]
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*keys, *ran[0].figures])
+        writer.writerow([*keys, "folder", *ran[0].figures])
         for each in ran:
-            writer.writerow([*(text.partition("=")[2] for text in each.run.chosen), *each.figures.values()])
+            tried = [text.partition("=")[2] for text in each.run.chosen]
+            writer.writerow([*tried, each.run.folder.name, *each.figures.values()])
