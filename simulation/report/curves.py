@@ -10,12 +10,13 @@ from simulation.report.protocols import Judged, last_loss, loss_of
 from simulation.report.style import BYTES, ENERGIES, TIMES
 from simulation.tables import VersionRow
 
-AGAINST: Mapping[str, tuple[Callable[[VersionRow], float], Mapping[str, float]]] = {
-    "rounds": (lambda row: float(row.round), {"": 1.0}),
-    "of virtual time": (lambda row: row.seconds, TIMES),
-    "sent and received": (lambda row: row.bytes_up + row.bytes_down, BYTES),
-    "used": (lambda row: row.joules, ENERGIES),
+AGAINST: Mapping[str, tuple[Callable[[VersionRow], float], Mapping[str, float], str]] = {
+    "rounds": (lambda row: float(row.round), {"": 1.0}, "rounds"),
+    "virtual time": (lambda row: row.seconds, TIMES, "of virtual time"),
+    "moved by all devices": (lambda row: row.bytes_up + row.bytes_down, BYTES, "sent and received"),
+    "used by all devices": (lambda row: row.joules, ENERGIES, "used"),
 }
+"""What loss is drawn against: of a version, its units, and how a title goes on after the quantity."""
 LEGEND = 28
 """Runs that a legend can tell apart."""
 
@@ -24,14 +25,14 @@ def losses(runs: Sequence[Judged]) -> Any:
     """Loss against each thing that it costs, all runs in the same axes."""
     told = [run for run in runs if run.story.versions]
     drawn, axes = style.figure(6.8, 2, 2, sharey=True)
-    for axis, (what, (of, units)) in zip(axes.flat, AGAINST.items(), strict=True):
+    for axis, (what, (of, units, words)) in zip(axes.flat, AGAINST.items(), strict=True):
         most = max((of(run.story.versions[-1]) for run in told), default=0.0)
         unit, size = style.scaled(most, units)
         for number, run in enumerate(told):
-            _curve(axis, run, lambda row, of=of, size=size: of(row) / size, number, alone=len(runs) == 1)
+            _curve(axis, run, lambda row, of=of, size=size: of(row) / size, number, len(runs))
         axis.set_xlim(left=0)
         axis.xaxis.get_major_locator().set_params(integer=not unit)
-        style.titled(axis, f"{style.worded(most, units)} {what}", f"{what}, {unit}" if unit else what, "loss")
+        style.titled(axis, f"{style.worded(most, units)} {words}", f"{what}, {unit}" if unit else what, "loss")
         if not told:
             axis.text(0.5, 0.5, "nothing was merged", transform=axis.transAxes, ha="center", color=style.FAINT)
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -41,9 +42,9 @@ def losses(runs: Sequence[Judged]) -> Any:
     return drawn
 
 
-def _curve(axis: Any, run: Judged, at: Callable[[VersionRow], float], number: int, *, alone: bool) -> None:
+def _curve(axis: Any, run: Judged, at: Callable[[VersionRow], float], number: int, runs: int) -> None:
     rows = [row for row in run.story.versions if loss_of(row) is not None]
-    marks = {"markevery": max(1, len(rows) // 12), "markersize": 4.5, "linewidth": 1.8}
+    alone, marks = runs == 1, _marks(number, runs, len(rows))
     # A single run's curve is named by what it is; curves of many by their runs.
     known = any(row.loss is not None for row in rows)
     name = ("global adapter, all data" if known else "held out by the devices") if alone else run.name
@@ -56,6 +57,12 @@ def _curve(axis: Any, run: Judged, at: Callable[[VersionRow], float], number: in
         axis.axhline(run.story.floor, color=style.FAINT, linestyle=":", linewidth=1.3, label="least that there is")
 
 
+def _marks(number: int, runs: int, rows: int) -> dict[str, Any]:
+    """Later curves are thinner than earlier ones, so that those which run together can all be seen."""
+    thin = number / max(1, runs - 1) if runs > 1 else 0.5
+    return {"markevery": max(1, rows // 12), "markersize": 7 - 4 * thin, "linewidth": 3 - 2 * thin}
+
+
 def headline(runs: Sequence[Judged]) -> str:
     """What the losses say, in one line."""
     ended = [(loss, run) for run in runs if (loss := last_loss(run.story)) is not None]
@@ -63,8 +70,8 @@ def headline(runs: Sequence[Judged]) -> str:
         return "No loss: nothing was merged"
     best, run = min(ended, key=lambda pair: pair[0])
     if len(runs) > 1:
-        worst, other = max(ended, key=lambda pair: pair[0])
-        return f"Loss ends at {best:.3g} ({run.name}) to {worst:.3g} ({other.name})"
+        worst = max(loss for loss, _ in ended)
+        return f"Losses end at {best:.3g} to {worst:.3g}; lowest: {run.name}"
     first, last = run.story.versions[0], run.story.versions[-1]
     return (
         f"Loss {loss_of(first):.4g} → {best:.4g} in {len(run.story.versions)} rounds, "
@@ -81,7 +88,7 @@ def truncation(runs: Sequence[Judged]) -> Any:
         rows = run.story.versions
         errors = [100 * row.truncation for row in rows]
         most = max([most, *errors])
-        marks = {"markevery": max(1, len(rows) // 12), "markersize": 4.5, "linewidth": 1.8}
+        marks = _marks(number, len(runs), len(rows))
         axis.plot([row.round for row in rows], errors, label=run.name, **style.line(number), **marks)
     axis.set_ylim(0, max(1.2 * most, 0.1))
     said = f"at most {most:.2g} % of a merged change" if most >= 1e-6 else "nothing: every merge was exact"

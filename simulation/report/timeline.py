@@ -14,7 +14,7 @@ from simulation.report.story import Bar, Story
 from simulation.report.style import ACTIVITIES, SERIES, TIMES
 
 ROWS = 40
-"""Devices in a Gantt chart; of a larger fleet, those most at work, of each group its share."""
+"""Devices in a Gantt chart; of a larger fleet, those that compute most often in it, of each group its share."""
 ROUNDS = 8
 """Rounds in a Gantt chart, the first: more would be too thin to be seen."""
 
@@ -37,15 +37,17 @@ class Late:
 
 
 def shown(story: Story, count: int = ROWS) -> list[str]:
-    """The devices of a Gantt chart: all, or those most at work of each group, in the order of the fleet."""
+    """The devices of a Gantt chart: all, or those most often at work of each group, in the order of their numbers."""
     members: dict[str, list[str]] = defaultdict(list)
     for each in story.devices:
         members[each.group].append(each.device)
     if len(story.devices) <= count:
         return [name for names in members.values() for name in sorted(names, key=_in_order)]
     work: Counter[str] = Counter()
+    end = until(story)[0]
     for bar in story.bars:
-        work[bar.device] += bar.kind != "away"
+        if bar.kind == "computing" and bar.begin < end:
+            work[bar.device] += 1
     found = []
     for names in members.values():
         share = max(1, count * len(names) // len(story.devices))
@@ -88,8 +90,8 @@ def gantt(story: Story) -> Any:
     for row in story.versions[:rounds]:
         axis.axvline(row.seconds / size, color=style.INK, linewidth=0.8, linestyle=":")
     axis.set_yticks(range(len(names)), names, fontsize=8)
-    axis.invert_yaxis()
-    axis.set_xlim(0, end / size)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.set_xlim(0, max(end / size, 1e-9))
     axis.grid(visible=False)
     part = f"{len(names)} of {len(story.devices)} devices" if len(names) < len(story.devices) else "every device"
     first = f"the first {rounds} of {len(story.versions)} rounds" if rounds < len(story.versions) else "the whole run"

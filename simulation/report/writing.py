@@ -21,7 +21,7 @@ from simulation.report.story import Story, told
 HTML, JSON, PICTURES, SWEPT = "report.html", "report.json", "figures", "sweep.csv"
 
 SINGLE: Mapping[str, tuple[str, Callable[[Story], Any], str]] = {
-    "timeline": ("Who did what, and when", timeline.gantt, "A row is a device. Pale is waiting. Of a large fleet, those most at work."),
+    "timeline": ("Who did what, and when", timeline.gantt, "Of a large fleet, those devices that were most at work."),
     "time": ("Where the time went", timeline.spent, "All devices of a kind, over the whole run."),
     "stragglers": (
         "Stragglers", timeline.stragglers,
