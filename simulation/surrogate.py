@@ -186,7 +186,7 @@ class SurrogateTrainer:
                 raise RoundError(f"'{self._name}': the loss of step {step + 1} is {last}; lower the learning rate")
             if problem.settings.noise:
                 size = np.sqrt((missing**2).sum(axis=(1, 2), keepdims=True)) / problem.settings.width
-                missing += problem.settings.noise * size * draw.standard_normal(missing.shape)
+                missing += problem.settings.noise * size * draw.standard_normal(missing.shape, np.float32)
             share = rate_at(
                 step, steps=training.max_steps, warmup_steps=training.warmup_steps, schedule=training.schedule
             )

@@ -17,6 +17,7 @@ from profiles.find_card import find_card
 from server import aggregators
 from server.exchange import rank_of
 from server.fitting import spec_of
+from server.store import Store
 from simulation import people, tables
 from simulation.world import Outcome
 from tests.simulation.fleets import THREE, asked, events, run, world
@@ -242,6 +243,22 @@ def test_a_run_that_was_stopped_goes_on_from_what_was_computed_to_the_same_bytes
     # Of another simulation in the same folder nothing is taken.
     other = run(tmp_path / "parts", "rounds.num_rounds=4", "simulation.seed=7")
     assert other.found == 0
+
+
+def test_a_server_reads_what_is_usual_again_when_a_tenth_more_is_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[int] = []
+    norms = Store.norms
+
+    def counted(store: Store, number: int, *, before: int = 1) -> list[float]:
+        reads.append(number)
+        return norms(store, number, before=before)
+
+    monkeypatch.setattr(Store, "norms", counted)
+    devices = '[{device = "raspberry-pi-5", count = 60, name = "pi"}]'
+    assert run(tmp_path, "rounds.num_rounds=1", devices=devices, least=60).versions[0].updates == 60
+    assert 20 <= len(reads) <= 40
 
 
 def test_a_device_hears_only_what_concerns_it(tmp_path: Path) -> None:
