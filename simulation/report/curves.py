@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from simulation.report import style
@@ -29,7 +30,7 @@ def losses(runs: Sequence[Judged]) -> Any:
         most = max((of(run.story.versions[-1]) for run in told), default=0.0)
         unit, size = style.scaled(most, units)
         for number, run in enumerate(told):
-            _curve(axis, run, lambda row, of=of, size=size: of(row) / size, number, len(runs))
+            _curve(axis, run, partial(_scaled, of, size), number, len(runs))
         axis.set_xlim(left=0)
         axis.xaxis.get_major_locator().set_params(integer=not unit)
         style.titled(axis, f"{style.worded(most, units)} {words}", f"{what}, {unit}" if unit else what, "loss")
@@ -40,6 +41,10 @@ def losses(runs: Sequence[Judged]) -> Any:
         style.keyed(drawn, handles, labels, columns=3)
     drawn.suptitle(headline(runs), fontsize=13, fontweight="bold", x=0.01, ha="left", color=style.INK)
     return drawn
+
+
+def _scaled(of: Callable[[VersionRow], float], size: float, row: VersionRow) -> float:
+    return of(row) / size
 
 
 def _curve(axis: Any, run: Judged, at: Callable[[VersionRow], float], number: int, runs: int) -> None:
@@ -95,5 +100,6 @@ def truncation(runs: Sequence[Judged]) -> Any:
     axis.xaxis.get_major_locator().set_params(integer=True)
     style.titled(axis, f"Truncation lost {said}", "round", "% of the change's norm")
     if 1 < len(runs) <= LEGEND:
-        style.keyed(drawn, *axis.get_legend_handles_labels(), columns=3)
+        handles, labels = axis.get_legend_handles_labels()
+        style.keyed(drawn, handles, labels, columns=3)
     return drawn

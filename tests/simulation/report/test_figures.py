@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ def test_of_a_large_fleet_those_most_at_work_are_shown_of_each_group() -> None:
     many += [logs.device(f"busy-{number}", "busy", 4) for number in range(70)]
     spans = [logs.span(f"busy-{number}", "computing", 0, 1, 1) for number in (69, 3)]
     events = [logs.fleet(), *many, *spans, logs.version(1, 0.5)]
-    story = told(map(logs.json.dumps, events), "a log")
+    story = told(map(json.dumps, events), "a log")
     assert timeline.shown(story, 5) == ["idle-0", "busy-0", "busy-3", "busy-69"]
 
 
@@ -95,7 +96,7 @@ def test_a_partition_is_drawn_class_by_device_and_summed_up_for_many() -> None:
     np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), [[4, 2, 1], [0, 2, 3]])
     assert titles(figure) == ["Who has what: a device's main class is 75% of its examples"]
     events = [logs.fleet(), *(logs.device(f"pi-{number}", "pi", 4, [3, 1]) for number in range(people.CELLS + 1))]
-    many = people.partition(told(map(logs.json.dumps, events), "a log"))
+    many = people.partition(told(map(json.dumps, events), "a log"))
     assert titles(many) == [
         "Half of the devices have 4 examples or fewer",
         "A device's main class is 75 % of its examples",
@@ -104,7 +105,7 @@ def test_a_partition_is_drawn_class_by_device_and_summed_up_for_many() -> None:
 
 @pytest.mark.parametrize("draw", [timeline.gantt, timeline.spent, timeline.stragglers, people.plans, people.partition])
 def test_a_fleet_that_never_began_can_be_drawn(draw: Any) -> None:
-    draw(told([logs.json.dumps(logs.fleet())], "a log"))
+    draw(told([json.dumps(logs.fleet())], "a log"))
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulation.report import protocols
-from simulation.report.protocols import Judged
+from simulation.report.protocols import Chosen, Judged
 from tests.simulation.report import logs
 
 
-def run(name: str, losses: Sequence[float | None] = logs.LOSSES, *failures: str, **chosen: str) -> Judged:
-    return Judged(chosen, logs.story(losses, *failures), name)
+def run(
+    name: str, losses: Sequence[float | None] = logs.LOSSES, *failures: str, chosen: Chosen | None = None
+) -> Judged:
+    return Judged(chosen or {}, logs.story(losses, *failures), name)
 
 
 def test_quality_is_that_of_the_last_version_within_the_budget() -> None:
@@ -50,9 +52,9 @@ def test_chosen_targets_are_reached_by_some_run(losses: list[float]) -> None:
 def test_a_run_with_failures_is_set_beside_one_that_fails_less_and_is_alike_otherwise() -> None:
     key, method = "simulation.server_crashes_per_hour", "aggregator.method"
     runs = [
-        run("calm svd", **{key: "0", method: "svd"}),
-        run("rough svd", (0.8, 0.6), "crash", "server crash", **{key: "1", method: "svd"}),
-        run("calm pad", (0.9,), **{key: "0", method: "zero_pad"}),
+        run("calm svd", chosen={key: "0", method: "svd"}),
+        run("rough svd", (0.8, 0.6), "crash", "server crash", chosen={key: "1", method: "svd"}),
+        run("calm pad", (0.9,), chosen={key: "0", method: "zero_pad"}),
     ]
     (row,) = protocols.robustness(runs)
     assert (row.run, row.against) == ("rough svd", "calm svd")
