@@ -6,6 +6,7 @@ import csv
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from simulation.world import Outcome, Say, World
 __all__ = ["DeviceRow", "Ran", "Run", "compared", "done", "planned"]
 
 Progress = Callable[[int, int], None]
+
+LONGEST = 150
+"""Characters of a folder's name; a swept `simulation.devices` has more, and no file system bears over 255."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,16 @@ def planned(path: Path, overrides: Sequence[str], sweep: Sequence[str], out: Pat
     for chosen in settings.sweeps(sweep):
         config, simulation = settings.load(path, [*overrides, *chosen])
         aggregators.build(config.aggregator.method, **(config.aggregator.model_extra or {}))
-        folder = out / re.sub(r"[^A-Za-z0-9=._-]+", "-", ",".join(chosen)).strip("-") if chosen else out
+        folder = out / _folder(chosen) if chosen else out
         runs.append(Run(folder, chosen, config, simulation))
     return runs
+
+
+def _folder(chosen: Sequence[str]) -> str:
+    """What to call a run's folder: what it tries, as far as a file system bears the length."""
+    text = ",".join(chosen)
+    name = re.sub(r"[^A-Za-z0-9=._-]+", "-", text).strip("-")
+    return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{sha256(text.encode()).hexdigest()[:12]}"
 
 
 def done(

@@ -76,6 +76,8 @@ def headline(runs: Sequence[Judged]) -> str:
     best, run = min(ended, key=lambda pair: pair[0])
     if len(runs) > 1:
         worst = max(loss for loss, _ in ended)
+        if f"{best:.3g}" == f"{worst:.3g}":
+            return f"All losses end at {best:.3g}"
         return f"Losses end at {best:.3g} to {worst:.3g}; lowest: {run.name}"
     first, last = run.story.versions[0], run.story.versions[-1]
     return (

@@ -29,7 +29,7 @@ def kinds(story: Story) -> list[tuple[Planned, int]]:
 def plans(story: Story) -> Any:
     """The rank that each kind of device trains, of the one that it holds."""
     rows = kinds(story)
-    drawn, axes = style.figure(1.5 + 0.42 * max(1, len(rows)))
+    drawn, axes = style.figure(1.8 + 0.42 * max(1, len(rows)))
     axis = axes[0, 0]
     names = [f"{count} x {each.group}" for each, count in rows]
     at = range(len(rows))
@@ -77,7 +77,7 @@ def top_share(counts: Any) -> Any:
 
 
 def _every(counts: Any, names: list[str]) -> Any:
-    drawn, axes = style.figure(1.6 + 0.24 * counts.shape[1])
+    drawn, axes = style.figure(1.2 + 0.24 * counts.shape[1] + 0.075 * max(map(len, names)))
     axis = axes[0, 0]
     picture = axis.imshow(counts.T, aspect="auto", cmap="Blues")
     bar = drawn.colorbar(picture, ax=axis, pad=0.01)

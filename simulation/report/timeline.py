@@ -72,7 +72,7 @@ def gantt(story: Story) -> Any:
     names = shown(story)
     end, rounds = until(story)
     rows = {name: number for number, name in enumerate(names)}
-    drawn, axes = style.figure(max(2.6, 1.5 + 0.21 * len(names)))
+    drawn, axes = style.figure(max(2.8, 1.7 + 0.21 * len(names)))
     axis = axes[0, 0]
     unit, size = style.scaled(end, TIMES)
     axis.barh(range(len(names)), end / size, height=0.72, color=ACTIVITIES["waiting"][0])
@@ -93,7 +93,7 @@ def gantt(story: Story) -> Any:
     axis.set_ylim(len(names) - 0.4, -0.6)
     axis.set_xlim(0, max(end / size, 1e-9))
     axis.grid(visible=False)
-    part = f"{len(names)} of {len(story.devices)} devices" if len(names) < len(story.devices) else "every device"
+    part = f"{len(names)} of {len(story.devices):,} devices" if len(names) < len(story.devices) else "every device"
     first = f"the first {rounds} of {len(story.versions)} rounds" if rounds < len(story.versions) else "the whole run"
     style.titled(axis, f"What {part} did in {first}; dotted: a merge", f"virtual time, {unit}")
     _activities(drawn)
@@ -127,7 +127,7 @@ def shares(story: Story) -> Mapping[str, Mapping[str, float]]:
 def spent(story: Story) -> Any:
     """How each group spent its time."""
     of = shares(story)
-    drawn, axes = style.figure(1.6 + 0.38 * len(of))
+    drawn, axes = style.figure(2.0 + 0.38 * len(of))
     axis = axes[0, 0]
     left = np.zeros(len(of))
     for kind, (colour, hatch) in ACTIVITIES.items():
@@ -178,7 +178,7 @@ def stragglers(story: Story) -> Any:
         linewidth=1, label="the last of a round",
     )  # fmt: skip
     gain = float(np.mean([each.after for each in closing])) if closing else 0.0
-    title = f"A round's last update comes {style.worded(gain, TIMES)} after its middle one"
+    title = f"A round's last update comes {style.worded(gain, TIMES)} after its middle one, on average"
     style.titled(dots, title if closing else "No round had two updates", "round", f"{unit} after the round began")
     dots.xaxis.get_major_locator().set_params(integer=True)
     style.keyed(drawn, *dots.get_legend_handles_labels())

@@ -34,6 +34,7 @@ def test_runs_of_a_sweep_share_axes_and_the_best_is_named() -> None:
     figure = curves.losses(runs)
     assert [line.get_label() for line in figure.axes[0].lines] == ["a", "b"]
     assert figure.get_suptitle() == "Losses end at 0.2 to 0.4; lowest: b"
+    assert curves.headline([runs[0], runs[0]]) == "All losses end at 0.4"
 
 
 def test_truncation_is_drawn_in_percent() -> None:
@@ -57,7 +58,10 @@ def test_a_groups_time_is_all_accounted_for() -> None:
 def test_the_one_that_closed_a_round_is_a_straggler_by_what_it_came_after_the_middle() -> None:
     assert timeline.late(logs.story()) == [timeline.Late(number, "nano-0", 2700.0, 900.0) for number in (1, 2, 3)]
     figure = timeline.stragglers(logs.story())
-    assert titles(figure) == ["A round's last update comes 15 min after its middle one", "Whose update was last"]
+    assert titles(figure) == [
+        "A round's last update comes 15 min after its middle one, on average",
+        "Whose update was last",
+    ]
     assert [bar.get_width() for bar in figure.axes[1].patches] == [0, 3]
 
 

@@ -122,6 +122,23 @@ def test_without_matplotlib_the_tables_are_written_and_the_extra_is_named(
     assert (tmp_path / "out" / "report.json").exists()
 
 
+def test_a_swept_fleet_shows_what_crashes_cost(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file, out = tmp_path / "fleet.toml", tmp_path / "out"
+    file.write_text("")
+    calm, rough = (
+        f'[{{device = "raspberry-pi-5", count = 3, name = "a-long-name-that-fills-the-name-of-a-folder", '
+        f"straggler_sigma = 0.0, dropout_hours = 1.0, restart_seconds = 60.0, crashes_per_hour = {crashes}}}]"
+        for crashes in (0.0, 200.0)
+    )
+    assert simulate.run(file, [f"simulation.devices={calm},{rough}"], out, asked(), json=True, drawn=True) == 0
+    (row,) = json.loads((out / "report.json").read_text())["robustness"]
+    assert (row["run"], row["against"]) == ("devices=no. 2", "devices=no. 1")
+    assert row["crashes"] > 0
+    assert row["hours"] > row["hours_without"]
+    assert simulate.report(out, [], json=True) == 0
+
+
 def test_a_sweep_reports_itself_and_is_reported_again_from_its_files(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     file, out = tmp_path / "fleet.toml", tmp_path / "out"
