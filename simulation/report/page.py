@@ -38,6 +38,9 @@ WORDS: Mapping[str, str] = {
     "rounds": "rounds", "rounds_without": "rounds beside",
 }  # fmt: skip
 
+WHOLE = 1000.0
+"""From here on numbers are written without a fraction."""
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -118,7 +121,9 @@ def _table(section: Section) -> str:
 def _cell(value: Any, missing: str) -> str:
     if value is None:
         return missing
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= WHOLE else f"{value:.4g}"
+    return str(value)
 
 
 @dataclass(frozen=True)

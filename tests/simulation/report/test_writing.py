@@ -66,7 +66,7 @@ def test_a_page_is_well_formed_and_says_what_is_given_even_if_it_looks_like_mark
     )
     assert checked(html).images == 1
     assert "a&lt;b&gt;&amp;" in html
-    assert "<td>never</td>" in html
+    assert "<td>0.5</td><td>never</td><td>2</td><td>1,000,000</td>" in html
     assert "prefers-color-scheme: dark" in html
 
 
