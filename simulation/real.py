@@ -28,10 +28,11 @@ from edge_runtime.train.planning import slot_of
 from edge_runtime.train.receiving import Received, fitted, receive, slot_for
 from edge_runtime.train.tasks import task_of
 from edge_runtime.train.terms import Term, proximal, tail
-from edge_runtime.trainer import Gate, Introduction, LocalResult, StepReport, Training
+from edge_runtime.trainer import Gate, Introduction, LocalResult, StepReport, Texts, Training
 from profiles.find_card import find_card
 from profiles.plan import Plan
 from simulation import examples
+from simulation.surrogate import unsimulated
 from simulation.work import Recipe, Task
 
 TOKENISED = 128
@@ -165,7 +166,7 @@ class SharedTrainer:
 
     def receive(self, adapter: Adapter, rows: Mapping[str, Sequence[int]] | None = None) -> None:
         """Put the global adapter, cut to what the slot holds, into the shared model."""
-        self._loaded.live = fitted(self._live, self._family, slot_for(self._slot, rows))
+        self._loaded.live = fitted(self._live, self._family, slot_for(self._slot, rows, adapter.ranks))
         self._received = receive(self._live, self._family, adapter, rows)
 
     def scores(self) -> Mapping[str, Scores]:
@@ -177,20 +178,27 @@ class SharedTrainer:
         )  # fmt: skip
         return scores(self._live, self._train, task_of(one, 0, plan, self._task.directive.adapter))
 
-    def evaluate(self) -> float:
+    def evaluate(self, texts: Texts = "reported") -> float:  # noqa: ARG002 - it has one kind
         """Mean completion loss on the held-out examples, nats per token."""
         return loop.evaluate(self._live, self._held_out).loss
 
     def train(
-        self, training: Training, round_number: int, on_step: Callable[[StepReport], None], gate: Gate
+        self,
+        training: Training,
+        round_number: int,
+        on_step: Callable[[StepReport], None],
+        gate: Gate,
+        personal: Adapter | None = None,
     ) -> LocalResult:
         """One local round from what was received.
 
         Raises:
+            ConfigError: it is to be personal in a way that is not simulated.
             DeviceMemoryError: this machine's memory ran out.
             RoundError: the loss is not finite.
             KeyboardInterrupt: the gate said stop.
         """
+        unsimulated(personal)
         received = self._received
         if received is None:
             raise DataError("nothing was received yet; receive() comes first")

@@ -6,6 +6,7 @@ import csv
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from simulation.world import Outcome, Say, World
 __all__ = ["DeviceRow", "Ran", "Run", "compared", "done", "planned"]
 
 Progress = Callable[[int, int], None]
+
+LONGEST = 150
+"""Characters of a folder's name; a swept `simulation.devices` has more, and no file system bears over 255."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,16 @@ def planned(path: Path, overrides: Sequence[str], sweep: Sequence[str], out: Pat
     for chosen in settings.sweeps(sweep):
         config, simulation = settings.load(path, [*overrides, *chosen])
         aggregators.build(config.aggregator.method, **(config.aggregator.model_extra or {}))
-        folder = out / re.sub(r"[^A-Za-z0-9=._-]+", "-", ",".join(chosen)).strip("-") if chosen else out
+        folder = out / _folder(chosen) if chosen else out
         runs.append(Run(folder, chosen, config, simulation))
     return runs
+
+
+def _folder(chosen: Sequence[str]) -> str:
+    """What to call a run's folder: what it tries, as far as a file system bears the length."""
+    text = ",".join(chosen)
+    name = re.sub(r"[^A-Za-z0-9=._-]+", "-", text).strip("-")
+    return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{sha256(text.encode()).hexdigest()[:12]}"
 
 
 def done(
@@ -116,6 +127,7 @@ def compared(ran: Sequence[Ran], path: Path) -> None:
     keys = [text.partition("=")[0] for text in ran[0].run.chosen]
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*keys, *ran[0].figures])
+        writer.writerow([*keys, "folder", *ran[0].figures])
         for each in ran:
-            writer.writerow([*(text.partition("=")[2] for text in each.run.chosen), *each.figures.values()])
+            tried = [text.partition("=")[2] for text in each.run.chosen]
+            writer.writerow([*tried, each.run.folder.name, *each.figures.values()])

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from edge_runtime import config as fleets
-from edge_runtime.config import Config, Positive, Section
+from edge_runtime.config import Config
 from edge_runtime.errors import ConfigError, unknown_name
+from edge_runtime.sections import Positive, Section
 
 PositiveNumber = Annotated[float, Field(gt=0)]
 Number = Annotated[float, Field(ge=0)]

@@ -20,12 +20,12 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.errors import RoundError
+from edge_runtime.errors import ConfigError, RoundError
 from edge_runtime.lora.adapter import Adapter, LayerSlot, Pair, Slot
 from edge_runtime.lora.algebra import change, take
 from edge_runtime.lora.slices import Scores
 from edge_runtime.train.schedule import rate_at
-from edge_runtime.trainer import AdapterSpec, Gate, Introduction, LocalResult, StepReport, Training
+from edge_runtime.trainer import AdapterSpec, Gate, Introduction, LocalResult, StepReport, Texts, Training
 from simulation.draws import named
 from simulation.settings import Surrogate
 
@@ -107,6 +107,16 @@ class Problem:
         return Slot({n: LayerSlot(width, width, held, rank if i >= first else 0) for i, n in enumerate(self.names)})
 
 
+def unsimulated(personal: Adapter | None) -> None:
+    """Refuse what simulated devices do not do.
+
+    Raises:
+        ConfigError: personal training in another way than from the global adapter on.
+    """
+    if personal is not None:
+        raise ConfigError("simulated devices fine-tune from the global adapter on; take [personal] way = 'finetune'")
+
+
 class SurrogateTrainer:
     """Implements `edge_runtime.trainer.Trainer` for one device of the regression.
 
@@ -158,19 +168,26 @@ class SurrogateTrainer:
             found[name] = np.asarray(along / np.where(norms > 0, norms, 1), np.float64)
         return found
 
-    def evaluate(self) -> float:
+    def evaluate(self, texts: Texts = "reported") -> float:  # noqa: ARG002 - it has one kind
         """The loss on the device's own mixture of classes."""
         return self._problem.loss(self._whole(), self._shares)
 
     def train(
-        self, training: Training, round_number: int, on_step: Callable[[StepReport], None], gate: Gate
+        self,
+        training: Training,
+        round_number: int,
+        on_step: Callable[[StepReport], None],
+        gate: Gate,
+        personal: Adapter | None = None,
     ) -> LocalResult:
         """AdamW for `max_steps`.
 
         Raises:
+            ConfigError: it is to be personal in a way that is not simulated.
             RoundError: the loss is not finite.
             KeyboardInterrupt: the gate said stop.
         """
+        unsimulated(personal)
         problem, draw = self._problem, named(self._problem.seed, "training", self._name, round_number, training.seed)
         before, first = dict(self._trained), self.evaluate()
         frozen, stacks = self._whole() - problem.dense(Adapter(before)), self._stacks()

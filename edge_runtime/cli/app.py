@@ -203,20 +203,33 @@ def provision(
 
 @app.command()
 def simulate(
-    file: Annotated[Path, typer.Argument(metavar="FLEET_TOML", help="The fleet's TOML file, with [simulation].")],
+    file: Annotated[
+        Path | None, typer.Argument(metavar="FLEET_TOML", help="The fleet's TOML file, with [simulation].")
+    ] = None,
     sweep: Annotated[
         list[str] | None, typer.Option(help="section.key=a,b,c: a run for each; repeatable, all combinations.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for events, tables and what was computed.")] = Path(
         "edge-simulation"
     ),
+    report: Annotated[
+        Path | None, typer.Option(help="Folder of runs that have ended: write their report, simulate nothing.")
+    ] = None,
+    target: Annotated[list[float] | None, typer.Option(help="A loss whose cost the report tells; repeatable.")] = None,
+    draw: Annotated[bool, typer.Option(help="Write report.html and figures at the end.")] = True,
     overrides: Overrides = None,
     json: Json = False,
 ) -> int:
     """A fleet of unlike devices in virtual time; Ctrl-C and go on later."""
     from edge_runtime.cli import simulate as verb
+    from edge_runtime.errors import ConfigError
 
-    return verb.run(file, sweep or [], out, overrides or [], json=json)
+    if file is None and report is not None:
+        return verb.report(report, target or [], json=json)
+    if file is None or report is not None:
+        found = "neither" if file is None else "both"
+        raise ConfigError(f"simulate takes FLEET_TOML, or --report FOLDER of runs that have ended; found {found}")
+    return verb.run(file, sweep or [], out, overrides or [], json=json, drawn=draw, targets=target or [])
 
 
 @app.command()

@@ -14,15 +14,33 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from edge_runtime.cli import shell
-from edge_runtime.errors import INTERRUPTED, RoundError
+from edge_runtime.errors import INTERRUPTED, RoundError, missing_extra
 from simulation import running
+from simulation.report import writing
 from simulation.running import Ran, Run
 
-SWEPT = "sweep.csv"
 
+def run(
+    file: Path,
+    sweep: Sequence[str],
+    out: Path,
+    overrides: Sequence[str],
+    *,
+    json: bool,
+    drawn: bool = False,
+    targets: Sequence[float] = (),
+) -> int:
+    """Simulate; 0 when all rounds of all runs are merged, 14 when some are not, 130 when interrupted (it goes on).
 
-def run(file: Path, sweep: Sequence[str], out: Path, overrides: Sequence[str], *, json: bool) -> int:
-    """Simulate; 0 when all rounds of all runs are merged, 14 when some are not, 130 when interrupted (it goes on)."""
+    Args:
+        file: of the fleet.
+        sweep: `section.key=a,b,c`, each.
+        out: folder of what is written.
+        overrides: `section.key=value`, each.
+        json: print JSON instead of tables.
+        drawn: whether the report is written at the end.
+        targets: losses whose cost the report tells; it chooses some when empty.
+    """
     runs = running.planned(file, overrides, sweep, out)
     console = Console(stderr=True)
     say = shell.logger("simulate", as_json=json)
@@ -38,13 +56,44 @@ def run(file: Path, sweep: Sequence[str], out: Path, overrides: Sequence[str], *
             say("interrupted; what devices computed is kept, and the same command goes on from there")
             return INTERRUPTED
     if sweep:
-        running.compared(ran, out / SWEPT)
+        running.compared(ran, out / writing.SWEPT)
     if not json:
         _show(Console(), ran)
         console.print(
             f"in {out}/: {', '.join(sorted({path.name for each in ran for path in each.files}))}, events.jsonl"
         )
+    if drawn:
+        _reported(ran, out, targets, say)
     return 0 if all(each.outcome.finished for each in ran) else RoundError.exit_code
+
+
+def report(folder: Path, targets: Sequence[float], *, json: bool) -> int:
+    """Report runs that have ended.
+
+    Raises:
+        DataError: there are none in that folder.
+        MissingExtraError: matplotlib is not installed; the tables are written.
+    """
+    say = shell.logger("simulate", as_json=json)
+    written = writing.of_folder(folder, targets)
+    say(f"in {folder}/: {', '.join(path.name for path in written.files)}")
+    if not written.drawn:
+        raise missing_extra("matplotlib", "simulate")
+    return 0
+
+
+def _reported(ran: Sequence[Ran], out: Path, targets: Sequence[float], say: Callable[[str], None]) -> None:
+    if ran[0].run.chosen:
+        tried = [(_parted(each.run.chosen), each.run.folder) for each in ran]
+        written = writing.of_sweep(out, tried, targets)
+    else:
+        written = writing.of_run(out, targets)[0]
+    # A run that has ended well is not spoilt by a picture that cannot be drawn.
+    say(f"report: {out / writing.HTML}" if written.drawn else f"no report: {missing_extra('matplotlib', 'simulate')}")
+
+
+def _parted(chosen: Sequence[str]) -> dict[str, str]:
+    return {key: value for key, _, value in (text.partition("=") for text in chosen)}
 
 
 def _as_json(ran: Ran) -> dict[str, object]:
