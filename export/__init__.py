@@ -61,12 +61,13 @@ def _format(
 
 # Other engines add in another order: on SmolLM2-135M, whose logits reach 34, that alone makes 1.5e-4 of a logit.
 FORMATS: dict[str, Format] = {
+    # Another order of the same float32 sums makes up to 1e-4 of logits that reach 34, and more of larger ones.
     "peft": _format(
         "export.peft", "PEFT, transformers, vLLM and whatever else reads adapter_model.safetensors",
-        needs_base=False, tolerance=1e-4, extra="client",
+        needs_base=False, tolerance=1e-3, extra="client",
     ),
     "native": _format(
-        "export.native", "this runtime, for adapters of every family", needs_base=False, tolerance=1e-4, extra="client",
+        "export.native", "this runtime, for adapters of every family", needs_base=False, tolerance=1e-3, extra="client",
     ),
     # Sixteen bits round every weight that changed: measured on SmolLM2-135M up to 0.47 of a logit, at 1e-4 in 32 bits.
     "merged": _format(

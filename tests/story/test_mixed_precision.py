@@ -57,7 +57,10 @@ def test_devices_of_unlike_precision_share_an_adapter_and_none_of_what_they_rega
     assert {name: event["export_max_logit_diff"] <= 1e-4 for name, event in done.items()} == dict.fromkeys(
         PRECISIONS, True
     )
-    folders = {name: sorted(path.name for path in fleet.state_dir(name).glob("personal*")) for name in PRECISIONS}
+    folders = {
+        name: sorted(path.parent.name for path in fleet.state_dir(name).glob("personal*/adapter_config.json"))
+        for name in PRECISIONS
+    }
     assert folders == {"nf4": ["personal", "personal-nf4"], "int8": ["personal"], "bf16": ["personal"]}
     alone, stacked = (read_peft_folder(fleet.state_dir("nf4") / name) for name in folders["nf4"])
     assert set(alone.ranks.values()) == {8}
