@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from edge_runtime import config as fleets
 from edge_runtime.config import Config
 from edge_runtime.errors import ConfigError, unknown_name
-from edge_runtime.sections import Positive, Section
+from edge_runtime.sections import Personal, Positive, Section
 
 PositiveNumber = Annotated[float, Field(gt=0)]
 Number = Annotated[float, Field(ge=0)]
@@ -187,10 +187,21 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> tuple[Config, Simu
     source = str(path) if path else "--set"
     if not config.simulation.model_extra:
         raise ConfigError(f"{source} has no [simulation]; expected at least one table [[simulation.devices]]")
+    _simulated(config.personal, source)
     try:
         return config, Simulation.model_validate(_nested(config.simulation.model_extra))
     except ValidationError as error:
         raise ConfigError(f"{source}: {_problem(error)}") from error
+
+
+def _simulated(personal: Personal, source: str) -> None:
+    asked = personal.model_dump(include={"way", "proximal", "rank", "every"}, exclude_defaults=True)
+    for key, value in asked.items():
+        if (key, value) != ("way", "finetune"):
+            raise ConfigError(
+                f"{source}: personal.{key} = {value!r} is not simulated: such devices fine-tune from the last global "
+                "adapter on; leave it out"
+            )
 
 
 def _nested(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -192,6 +192,8 @@ class Bench:
         trainer = self._workshop.trainer(task)
         trainer.receive(adapter)
         held_out = trainer.evaluate()
+        if task.personal and not directive.training.max_steps:
+            return Done(b"", b"", None, {}, 0, held_out, held_out, held_out, held_out)
         if task.personal:
             result = trainer.train(directive.training, directive.round + 1, lambda _: None, lambda: False)
             numbers = (result.examples, result.loss_first, result.loss_last, held_out)

@@ -57,6 +57,15 @@ def test_what_cannot_be_is_refused_with_what_can(override: str, said: str) -> No
         settings.load(None, asked(override))
 
 
+@pytest.mark.parametrize("asked", ["way=beside", "proximal=0.1", "rank=2", "every=1"])
+def test_personal_training_that_is_not_simulated_is_refused(tmp_path: Path, asked: str) -> None:
+    path = tmp_path / "fleet.toml"
+    path.write_text(FILE)
+    settings.load(path, ["personal.way=finetune"])
+    with pytest.raises(ConfigError, match=rf"personal\.{asked.partition('=')[0]} = .* is not simulated"):
+        settings.load(path, [f"personal.{asked}"])
+
+
 def test_a_file_without_a_simulation_is_none() -> None:
     with pytest.raises(ConfigError, match=r"no \[simulation\]"):
         settings.load(None)
