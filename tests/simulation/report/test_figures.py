@@ -109,7 +109,8 @@ def test_a_partition_is_drawn_class_by_device_and_summed_up_for_many() -> None:
 
 @pytest.mark.parametrize("draw", [timeline.gantt, timeline.spent, timeline.stragglers, people.plans, people.partition])
 def test_a_fleet_that_never_began_can_be_drawn(draw: Any) -> None:
-    draw(told([json.dumps(logs.fleet())], "a log"))
+    figure = draw(told([json.dumps(logs.fleet())], "a log"))
+    assert figure.axes
 
 
 @pytest.mark.parametrize(
