@@ -46,7 +46,7 @@ ARCHITECTURES: Mapping[str, Mapping[str, str]] = {
     "gemma2": {**_LAYER, **_FOUR_NORMS},
 }
 # Setting (after the architecture's name) → key of config.json.
-_CONFIG: Mapping[str, str] = {
+CONFIG: Mapping[str, str] = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -115,7 +115,7 @@ def _config(
     if EMBEDDING in tensors:
         # Older files do not state the vocabulary; where they do, it has to agree.
         config["vocab_size"] = tensors[EMBEDDING].shape[0]
-    for key, ours in _CONFIG.items():
+    for key, ours in CONFIG.items():
         value = header.metadata.get(f"{architecture}.{key}")
         if isinstance(value, PassedOver):
             raise BaseModelError(

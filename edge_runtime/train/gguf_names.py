@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from profiles import gguf_card
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -50,13 +52,7 @@ BLOCK = {
     "ffn_down": "mlp.down_proj",
 }
 CONFIG = {
-    "block_count": "num_hidden_layers",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
+    **{setting: key for setting, key in gguf_card.CONFIG.items() if setting != "vocab_size"},
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
 }
