@@ -145,7 +145,7 @@ class Together:
         """Loss in nats and accuracy of an adapter on texts."""
         table, total, right = self._table(wanted.texts), 0.0, 0
         order = np.argsort(table.lengths, kind="stable")
-        with torch.no_grad(), self._meeting([_stacked([wanted.adapter], self._scaling, self._device)], wanted.adapter):
+        with torch.no_grad(), self._meeting(_stacked([wanted.adapter], self._scaling, self._device), wanted.adapter):
             for first in range(0, len(order), TEXTS):
                 ids, mask, labels = self._batch([(table, order[first : first + TEXTS])], TEXTS)
                 scores = self._logits(ids, mask)
@@ -162,7 +162,7 @@ class Together:
         moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
         rates = torch.tensor([one.rate for one in wanted], device=self._device)[:, None, None]
         steps, tables = wanted[0].steps, [self._table(one.texts) for one in wanted]
-        with self._meeting([Stack(tuple(parameters))], wanted[0].seen):
+        with self._meeting(Stack(tuple(parameters)), wanted[0].seen):
             for step in range(steps):
                 chosen = [(table, _chosen(table, step, one.order)) for table, one in zip(tables, wanted, strict=True)]
                 loss = self._losses(chosen).sum()
@@ -206,8 +206,8 @@ class Together:
             self._tables[id(texts)] = _tabulated(texts, self._padding)
         return self._tables[id(texts)]
 
-    def _meeting(self, stacks: Sequence[Stack], of: Adapter) -> _Meeting:
-        return _Meeting(self._sites, stacks[0], tuple(of), self._device)
+    def _meeting(self, stack: Stack, of: Adapter) -> _Meeting:
+        return _Meeting(self._sites, stack, tuple(of), self._device)
 
 
 IGNORED = -100
