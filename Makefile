@@ -83,13 +83,14 @@ test-torch-free: ## the rooms that need no torch, from the base install on Pytho
 	    $(MAKE) --no-print-directory $(READY310) PYTHON310="$$python"; exit; \
 	done; \
 	echo "SKIPPED the torch-free rooms on Python 3.10: no such interpreter found; set PYTHON310=/path/to/python3.10"
-	@test ! -e $(READY310) || $(PYTEST310) -m "$(TORCH_FREE)" $(TORCH_FREE_TESTS)
+	@test ! -e $(READY310) || $(PYTEST310) $(SPREAD) -m "$(TORCH_FREE)" $(TORCH_FREE_TESTS)
 
 test-transformers5: $(READY_OVERLAY) ## the torch tests against transformers 5, laid over .venv
 	@PYTHONPATH=$(OVERLAY) $(BIN)/python -c 'import sys, transformers as found; \
 	    print("transformers", found.__version__, "from", found.__file__); \
 	    sys.exit(0 if found.__version__.startswith("5.") else "expected transformers 5 from $(OVERLAY); run: make clean")'
-	PYTHONPATH=$(OVERLAY) $(PYTEST) -m "not slow and not gpu" tests/train tests/export
+	PYTHONPATH=$(OVERLAY) $(PYTEST) -q $(SPREAD) -m "$(FAST)" tests/train tests/export
+	PYTHONPATH=$(OVERLAY) $(PYTEST) -m "(story or model) and not slow and not gpu" tests/train tests/export
 
 test-ray: $(READY_RAY) ## merges and simulations on a Ray cluster of this machine, Ray laid over .venv
 	PYTHONPATH=$(OVERLAY_RAY) $(PYTEST) -k "ray or cluster" tests/server/test_engines.py tests/simulation/test_engines.py
@@ -114,7 +115,7 @@ $(READY): pyproject.toml constraints.txt
 $(READY310): pyproject.toml constraints.txt
 	@echo "== $(VENV310): installing the base package and the test tools"
 	@test -x $(VENV310)/bin/pip || $(PYTHON310) -m venv $(VENV310)
-	@$(VENV310)/bin/python $(PIP) --quiet hatchling pytest pytest-timeout hypothesis
+	@$(VENV310)/bin/python $(PIP) --quiet hatchling pytest pytest-timeout pytest-xdist hypothesis
 	@$(VENV310)/bin/python $(PIP) --quiet --no-build-isolation --editable .
 	@touch $@
 

@@ -137,6 +137,8 @@ class Training(Section):
     seed: int = 0
     schedule: Literal["constant", "cosine", "linear"] = "linear"
     """How the learning rate falls after its warm-up."""
+    fleet_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """How it falls from round to round, to nearly nothing in the last of `rounds.num_rounds`."""
     lora_plus_ratio: Annotated[float, Field(ge=1)] = 1.0
     """Learning rate of `b` over that of `a`: LoRA+, arXiv 2402.12354."""
     carry_moments: bool = False

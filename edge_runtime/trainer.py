@@ -35,7 +35,7 @@ class Training(Model):
     weight_decay: Annotated[Finite, Field(ge=0)]
     max_grad_norm: Annotated[Finite, Field(gt=0)]
     seed: int
-    schedule: Annotated[str, Field(description="how the learning rate falls; see train.schedule.SCHEDULES")] = "linear"
+    schedule: Annotated[str, Field(description="how the learning rate falls; see schedule.SCHEDULES")] = "linear"
     lora_plus_ratio: Annotated[
         Finite, Field(ge=1, description="learning rate of `b` over that of `a` (LoRA+, arXiv 2402.12354)")
     ] = 1.0

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from edge_runtime.config import Config
+from edge_runtime.schedule import rate_in
 from edge_runtime.trainer import Training
 from edge_runtime.wire.messages import Band, Directive
 from edge_runtime.wire.sampling import FULL
@@ -35,12 +36,15 @@ def directive_of(config: Config, state: State, cut: tuple[Band, ...], *, rank: i
     """
     phase, asks = ASKS[state.phase], method.asks(max(state.round, 1))
     steps = config.training.personal_steps if phase == "finish" else config.training.max_steps
-    training = config.training.model_dump(exclude={"personal_steps", "max_steps"})
+    training = config.training.model_dump(exclude={"personal_steps", "max_steps", "fleet_schedule"})
     if phase == "finish":
         # What pulls in rounds does not pull a personal adapter: that has a strength of its own, in `personal`.
         training |= {"proximal": 0.0, "correction": 0.0}
     else:
         training |= {"factors": asks.trained, **method.training}
+        training["learning_rate"] *= rate_in(
+            state.round, rounds=config.rounds.num_rounds, schedule=config.training.fleet_schedule
+        )
     everybody = phase != "train" or state.sample.below == FULL
     return Directive(
         fleet=config.fleet.name,

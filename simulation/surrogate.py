@@ -24,7 +24,7 @@ from edge_runtime.errors import ConfigError, RoundError
 from edge_runtime.lora.adapter import Adapter, LayerSlot, Pair, Slot
 from edge_runtime.lora.algebra import change, take
 from edge_runtime.lora.slices import Scores
-from edge_runtime.train.schedule import rate_at
+from edge_runtime.schedule import rate_at
 from edge_runtime.trainer import AdapterSpec, Gate, Introduction, LocalResult, StepReport, Texts, Training
 from simulation.draws import named
 from simulation.settings import Surrogate

@@ -16,6 +16,7 @@ import torch
 
 from edge_runtime.errors import DataError, DeviceMemoryError, RoundError, unknown_name
 from edge_runtime.lora.factors import Factors
+from edge_runtime.schedule import SCHEDULES, rate_at
 from edge_runtime.train import families, gradients, heap, optimizer
 from edge_runtime.train.batches import Packed, pack_together
 from edge_runtime.train.checkpointing import checkpointing, decoder_layers, for_memory
@@ -27,7 +28,6 @@ from edge_runtime.train.live import LiveModel
 from edge_runtime.train.loss import SummedLoss, completion_loss, unwrap
 from edge_runtime.train.packing import pack
 from edge_runtime.train.resume import NotFiniteError, RoundState, StepReport, capture, restore
-from edge_runtime.train.schedule import SCHEDULES, rate_at
 from edge_runtime.train.terms import Term
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from edge_runtime.errors import RoundError, unknown_name
+from edge_runtime.schedule import SCHEDULES
 from edge_runtime.train.loop import LocalTask
-from edge_runtime.train.schedule import SCHEDULES
 from edge_runtime.trainer import AdapterSpec, Training
 from profiles.families import FAMILIES
 from profiles.plan import Plan

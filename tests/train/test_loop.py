@@ -20,6 +20,7 @@ pytest.importorskip("bitsandbytes")
 from edge_runtime.config import Training  # noqa: E402 - after the check that torch is there
 from edge_runtime.errors import DataError, RoundError  # noqa: E402 - after the check that torch is there
 from edge_runtime.lora.algebra import take  # noqa: E402 - as above
+from edge_runtime.schedule import SCHEDULES  # noqa: E402 - as above
 from edge_runtime.train.data import IGNORED, Tokenised  # noqa: E402 - as above
 from edge_runtime.train.live import (  # noqa: E402 - as above
     LiveModel,
@@ -38,7 +39,6 @@ from edge_runtime.train.loop import (  # noqa: E402 - as above
 )
 from edge_runtime.train.optimizer import OPTIMIZERS  # noqa: E402 - as above
 from edge_runtime.train.resume import RoundState, StepReport  # noqa: E402 - as above
-from edge_runtime.train.schedule import SCHEDULES  # noqa: E402 - as above
 from tests.train import tiny  # noqa: E402 - as above
 
 pytestmark = pytest.mark.torch

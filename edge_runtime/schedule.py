@@ -1,11 +1,11 @@
-"""How the learning rate moves through a round."""
+"""How the learning rate moves through a round, and how it falls from round to round."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
-# The share of the learning rate that is left, by the share of the round (after its warm-up) that is done, in [0, 1).
+# The share of the learning rate that is left, by the share of the way that is done, in [0, 1).
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda _: 1.0,
     "linear": lambda done: 1.0 - done,
@@ -25,3 +25,14 @@ def rate_at(step: int, *, steps: int, warmup_steps: int, schedule: str) -> float
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     return SCHEDULES[schedule]((step - warmup_steps) / max(1, steps - warmup_steps))
+
+
+def rate_in(round_number: int, *, rounds: int, schedule: str) -> float:
+    """The share of the fleet's learning rate in a round: all of it in the first one. Never zero.
+
+    Args:
+        round_number: counted from 1; a round beyond the last one has the share of the last one.
+        rounds: of the fleet.
+        schedule: a name in SCHEDULES.
+    """
+    return SCHEDULES[schedule]((min(max(round_number, 1), rounds) - 1) / rounds)
