@@ -324,13 +324,15 @@ class Device:
         self._stretch_ends(work)
         self._work = None
         done = self._around.engine.result(work.task.key)
-        self.accounts.spent.held_out = done.held_out
+        self.accounts.spent.judged(done)
         held_out = Losses(merged=done.held_out, version=work.directive.version, personal=done.personal)
         if done.personal is None:
             self._offer(work, done, held_out)
             return
-        self.accounts.spent.personal = done.personal
-        facts = {"held_out": done.held_out, "personal": done.personal}
+        facts = {
+            "held_out": done.held_out, "personal": done.personal,
+            "accuracy": done.accuracy, "personal_accuracy": done.personal_accuracy,
+        }  # fmt: skip
         self._around.log.write(self._clock.now, "personal", device=self.name, **facts)
         self._report("done", held_out=held_out)
         self.apply(agent.Finished())
@@ -338,7 +340,8 @@ class Device:
     def _offer(self, work: Work, done: Done, held_out: Losses) -> None:
         directive, around = work.directive, self._around
         around.trained(directive, done)
-        facts = {"held_out": done.held_out, "loss_first": done.loss_first, "loss_last": done.loss_last}
+        told = ("held_out", "accuracy", "loss_first", "loss_last")
+        facts = {name: getattr(done, name) for name in told}
         around.log.write(
             self._clock.now, "update", device=self.name, round=directive.round, version=directive.version,
             slowdown=work.slowdown, **facts,

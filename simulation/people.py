@@ -132,4 +132,6 @@ def row_of(device: Device, now: float) -> DeviceRow:
         joules=spent.joules,
         held_out=spent.held_out,
         personal=spent.personal,
+        accuracy=spent.accuracy,
+        personal_accuracy=spent.personal_accuracy,
     )

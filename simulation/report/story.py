@@ -60,6 +60,17 @@ class Arrival:
     age: int
 
 
+@dataclass(frozen=True, slots=True)
+class Own:
+    """A device's personal adapter beside the last global one: loss and accuracy of each on what it holds out."""
+
+    device: str
+    held_out: float
+    personal: float
+    accuracy: float | None
+    personal_accuracy: float | None
+
+
 @dataclass(frozen=True)
 class Story:
     """A run.
@@ -78,6 +89,8 @@ class Story:
         seconds: virtual time at the end.
         finished: whether all rounds were merged.
         why: in words; empty for a run that was interrupted.
+        own: a personal adapter of each device that made one.
+        joules: device → its share of the energy, of those that took any.
     """
 
     base: str
@@ -93,6 +106,8 @@ class Story:
     seconds: float
     finished: bool
     why: str
+    own: Sequence[Own] = ()
+    joules: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def groups(self) -> Mapping[str, str]:
@@ -113,6 +128,8 @@ class _Heard:
     arrivals: list[Arrival] = field(default_factory=list)
     begun: dict[int, float] = field(default_factory=dict)
     failures: Counter[str] = field(default_factory=Counter)
+    own: dict[str, Own] = field(default_factory=dict)
+    joules: dict[str, float] = field(default_factory=dict)
 
 
 def _fleet(heard: _Heard, event: Mapping[str, Any]) -> None:
@@ -142,7 +159,19 @@ def _server(heard: _Heard, event: Mapping[str, Any]) -> None:
 
 
 def _version(heard: _Heard, event: Mapping[str, Any]) -> None:
-    heard.versions.append(VersionRow(**{entry.name: event[entry.name] for entry in fields(VersionRow)}))
+    # What an older package did not write is what the row has for it.
+    told_of = {entry.name: event[entry.name] for entry in fields(VersionRow) if entry.name in event}
+    heard.versions.append(VersionRow(**told_of))
+
+
+def _personal(heard: _Heard, event: Mapping[str, Any]) -> None:
+    heard.own[event["device"]] = Own(
+        event["device"], event["held_out"], event["personal"], event.get("accuracy"), event.get("personal_accuracy")
+    )
+
+
+def _spent(heard: _Heard, event: Mapping[str, Any]) -> None:
+    heard.joules[event["device"]] = event["joules"]
 
 
 def _failure(heard: _Heard, event: Mapping[str, Any]) -> None:
@@ -160,6 +189,8 @@ EVENTS: Mapping[str, Callable[[_Heard, Mapping[str, Any]], None]] = {
     "span": _span,
     "server": _server,
     "version": _version,
+    "personal": _personal,
+    "spent": _spent,
     "end": _end,
     **dict.fromkeys(FAILURES, _failure),
 }
@@ -193,5 +224,5 @@ def told(lines: Iterable[str], source: str) -> Story:
     return Story(
         head["base"], head["method"], head["rounds"], head["floor"], tuple(heard.devices.values()),
         tuple(heard.versions), tuple(heard.bars), tuple(heard.arrivals), heard.begun, heard.failures, heard.seconds,
-        bool(heard.end.get("finished")), str(heard.end.get("why", "")),
+        bool(heard.end.get("finished")), str(heard.end.get("why", "")), tuple(heard.own.values()), heard.joules,
     )  # fmt: skip

@@ -21,6 +21,7 @@ from edge_runtime.config import Training  # noqa: E402 - after the check that to
 from edge_runtime.errors import DataError, RoundError  # noqa: E402 - after the check that torch is there
 from edge_runtime.lora.algebra import take  # noqa: E402 - as above
 from edge_runtime.train.data import IGNORED, Tokenised  # noqa: E402 - as above
+from edge_runtime.train.evaluating import evaluate  # noqa: E402 - as above
 from edge_runtime.train.live import (  # noqa: E402 - as above
     LiveModel,
     attach,
@@ -32,7 +33,6 @@ from edge_runtime.train.live import (  # noqa: E402 - as above
 from edge_runtime.train.loop import (  # noqa: E402 - as above
     LocalTask,
     TrainResult,
-    evaluate,
     learning_rate_at,
     train_round,
 )
