@@ -131,7 +131,8 @@ class Simulation(Section):
     workers: Positive | None = None
     """Rounds computed at a time, where the engine is not inline; as many as there are cores when absent."""
     ray_address: str | None = None
-    """Of a Ray cluster, HOST:PORT or ray://HOST:PORT; one of this machine alone when absent."""
+    """Of a Ray cluster, HOST:PORT or ray://HOST:PORT; auto for the one that this machine, or this Ray job, is part of;
+    a cluster of this machine alone when absent."""
     base: str = "SmolLM2-135M"
     """The base model that plans, times and bytes are those of; real training needs its files."""
     data: tuple[Path, ...] = ()
