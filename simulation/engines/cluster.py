@@ -43,7 +43,10 @@ class OnRay:
 
     def wait(self, handles: Iterable[Any]) -> Any:
         """The first that ends."""
-        return ray.wait(list(handles), num_returns=1)[0][0]
+        known = list(handles)
+        ready = ray.wait(known, num_returns=1)[0][0]
+        # By way of ray:// it is an equal one, and not the same.
+        return next(handle for handle in known if handle == ready)
 
     def fetch(self, handle: Any) -> Done:
         """What it gave."""

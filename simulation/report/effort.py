@@ -129,8 +129,10 @@ def _gains(axis: Any, own: Sequence[Own], known: Sequence[Own], groups: Mapping[
     kinds = [group for group in dict.fromkeys(groups.values()) if any(groups[each.device] == group for each in told)]
     size = 100.0 if known else 1.0
     for column, (name, colour) in enumerate((("global", "#c9d6df"), ("own", SERIES[0]))):
-        means = [size * np.mean([pairs[each.device][column] for each in told if groups[each.device] == kind])
-                 for kind in kinds]  # fmt: skip
+        means = [
+            size * float(np.mean([pairs[each.device][column] for each in told if groups[each.device] == kind]))
+            for kind in kinds
+        ]
         at = [number + 0.19 * (2 * column - 1) for number in range(len(kinds))]
         bars = axis.barh(at, means, height=0.36, color=colour, label=f"{name} adapter")
         axis.bar_label(bars, fmt="%.3g", padding=3, color=style.INK, fontsize=8)

@@ -166,6 +166,18 @@ def test_a_killed_worker_of_ray_changes_no_byte(tmp_path: Path, monkeypatch: pyt
     assert events(tmp_path / "ray") == events(tmp_path / "inline")
 
 
+def test_what_ray_has_ready_is_the_handle_that_was_given_even_if_it_comes_as_another_object(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("ray")
+    from simulation.engines import cluster  # noqa: PLC0415  Ray belongs to an extra
+
+    handles = [frozenset({name}) for name in "ab"]
+    monkeypatch.setattr(cluster.ray, "wait", lambda known, num_returns: ([frozenset(set(known[num_returns]))], known))
+    found = object.__new__(cluster.OnRay).wait(iter(handles))
+    assert found is handles[1]
+
+
 @pytest.mark.parametrize("scheme", ["", "ray://"])
 def test_a_cluster_of_ray_that_nobody_is_at_ends_the_run_with_what_to_do(tmp_path: Path, scheme: str) -> None:
     pytest.importorskip("ray")
