@@ -16,6 +16,7 @@ from edge_runtime.identity import Identity, hello_of, offline, online
 from edge_runtime.wire import blobs, topics
 from edge_runtime.wire.messages import Directive, Losses, Message, Offer, Report, dump
 from server.resuming import QUIET_SECONDS
+from simulation import partition
 from simulation.battery import Charge, Outcome, rested
 from simulation.clock import Event
 from simulation.computing import Work, foreseen, on_disk, work_of
@@ -189,7 +190,8 @@ class Device:
 
     def _tell_plan(self, planned: Planned) -> None:
         plan, person = planned.plan, self.person
-        data = list(person.data) if self._around.counted else len(person.data)
+        classes = self._around.classes
+        data = list(person.data) if classes is None else partition.counted(person.data, classes)
         self._around.log.write(
             self._clock.now, "device", device=self.name, group=self._group.name, rank=plan.rank, held=plan.held,
             layers=plan.layers_trained, precision=plan.precision, plan=planned.intro.plan, examples=person.examples,

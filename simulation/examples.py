@@ -53,6 +53,13 @@ def _rows(path: Path) -> list[dict[str, object]]:
     return found
 
 
+def class_numbers(simulation: Simulation) -> list[int]:
+    """The class of each example, by its place among their names in order."""
+    names = load(simulation)[1]
+    places = {name: place for place, name in enumerate(sorted(set(names)))}
+    return [places[name] for name in names]
+
+
 def dealt(
     config: Config, simulation: Simulation, sizes: Sequence[int]
 ) -> tuple[list[tuple[tuple[int, ...], int]], Sequence[float]]:

@@ -97,6 +97,9 @@ def headline(runs: Sequence[Judged]) -> str:
             return f"All losses end at {best:.3g}"
         return f"Losses end at {best:.3g} to {worst:.3g}; lowest: {run.name}"
     first, last = run.story.versions[0], run.story.versions[-1]
+    again = [(before[0], after[0]) for before, after in run.story.twice]
+    if last.loss is None and again:
+        return f"Held-out loss {_means(again, '.4g')}"
     return (
         f"Loss {loss_of(first):.4g} → {best:.4g} in {len(run.story.versions)} rounds, "
         f"{style.worded(last.seconds, TIMES)} of virtual time"
@@ -112,8 +115,17 @@ def accuracy_headline(runs: Sequence[Judged]) -> str:
     if len(runs) > 1:
         worst = min(found[-1] for found, _ in known)
         return f"Accuracies end at {worst:.1%} to {best:.1%}; highest: {run.name}"
+    again = [(one[1], two[1]) for one, two in run.story.twice if one[1] is not None and two[1] is not None]
+    if again:
+        return f"Held-out accuracy {_means(again, '.1%')}"
     first = accuracies_of(run)[0]
     return f"{first:.1%} → {best:.1%} of held-out tokens are those that the model holds most likely"
+
+
+def _means(pairs: Sequence[tuple[float, float]], form: str) -> str:
+    """Of devices that were asked again: those of other rounds hold out other examples."""
+    before, after = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
+    return f"{before:{form}} → {after:{form}} on the {len(pairs)} devices that trained more than once"
 
 
 def accuracies_of(run: Judged) -> list[float]:

@@ -12,6 +12,8 @@ from edge_runtime.errors import DataError
 from simulation.tables import VersionRow
 
 FAILURES = ("crash", "dropout", "server crash")
+Judgement = tuple[float, float | None]
+"""A device's loss on what it holds out, and accuracy where it is known."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Story:
         why: in words; empty for a run that was interrupted.
         own: a personal adapter of each device that made one.
         joules: device → its share of the energy, of those that took any.
+        twice: of each device that trained more than once, loss and accuracy of what it received the first and the last
+            time: on the same held-out examples, where the mean of a round is over those that were asked.
     """
 
     base: str
@@ -108,6 +112,7 @@ class Story:
     why: str
     own: Sequence[Own] = ()
     joules: Mapping[str, float] = field(default_factory=dict)
+    twice: Sequence[tuple[Judgement, Judgement]] = ()
 
     @property
     def groups(self) -> Mapping[str, str]:
@@ -130,6 +135,7 @@ class _Heard:
     failures: Counter[str] = field(default_factory=Counter)
     own: dict[str, Own] = field(default_factory=dict)
     joules: dict[str, float] = field(default_factory=dict)
+    judged: dict[str, list[Judgement]] = field(default_factory=dict)
 
 
 def _fleet(heard: _Heard, event: Mapping[str, Any]) -> None:
@@ -164,6 +170,12 @@ def _version(heard: _Heard, event: Mapping[str, Any]) -> None:
     heard.versions.append(VersionRow(**told_of))
 
 
+def _update(heard: _Heard, event: Mapping[str, Any]) -> None:
+    found = heard.judged.setdefault(event["device"], [])
+    # The first and the last are enough.
+    found[1:] = [(event["held_out"], event.get("accuracy"))]
+
+
 def _personal(heard: _Heard, event: Mapping[str, Any]) -> None:
     heard.own[event["device"]] = Own(
         event["device"], event["held_out"], event["personal"], event.get("accuracy"), event.get("personal_accuracy")
@@ -189,6 +201,7 @@ EVENTS: Mapping[str, Callable[[_Heard, Mapping[str, Any]], None]] = {
     "span": _span,
     "server": _server,
     "version": _version,
+    "update": _update,
     "personal": _personal,
     "spent": _spent,
     "end": _end,
@@ -225,4 +238,5 @@ def told(lines: Iterable[str], source: str) -> Story:
         head["base"], head["method"], head["rounds"], head["floor"], tuple(heard.devices.values()),
         tuple(heard.versions), tuple(heard.bars), tuple(heard.arrivals), heard.begun, heard.failures, heard.seconds,
         bool(heard.end.get("finished")), str(heard.end.get("why", "")), tuple(heard.own.values()), heard.joules,
+        tuple((found[0], found[1]) for found in heard.judged.values() if len(found) > 1),
     )  # fmt: skip

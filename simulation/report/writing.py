@@ -34,11 +34,12 @@ SINGLE: Mapping[str, tuple[str, Callable[[Story], Any], str]] = {
 }  # fmt: skip
 LOSSES = (
     "The same curve four times: what a loss costs in rounds, time, traffic and energy. Everything is counted from the "
-    "beginning and over all devices."
+    "beginning and over all devices. What devices hold out is judged by those that trained in the round: each time by "
+    "others."
 )
 RIGHT = (
     "The share of the tokens of held-out completions that the model holds most likely, given the true tokens before; "
-    "the mean over the devices that trained from the version before."
+    "the mean over the devices that trained from the version before, which are others in each round."
 )
 OWN = "Of each device, on what it holds out: below the dotted line its own adapter is better than the global one."
 CHOSEN = "Budgets are shares of what the most frugal run spent."

@@ -169,11 +169,11 @@ def test_a_killed_worker_of_ray_changes_no_byte(tmp_path: Path, monkeypatch: pyt
 def test_what_ray_has_ready_is_the_handle_that_was_given_even_if_it_comes_as_another_object(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pytest.importorskip("ray")
+    ray = pytest.importorskip("ray")
     from simulation.engines import cluster  # noqa: PLC0415  Ray belongs to an extra
 
     handles = [frozenset({name}) for name in "ab"]
-    monkeypatch.setattr(cluster.ray, "wait", lambda known, num_returns: ([frozenset(set(known[num_returns]))], known))
+    monkeypatch.setattr(ray, "wait", lambda known, num_returns: ([frozenset(set(known[num_returns]))], known))
     found = object.__new__(cluster.OnRay).wait(iter(handles))
     assert found is handles[1]
 

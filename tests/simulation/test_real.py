@@ -73,6 +73,14 @@ def test_it_is_known_how_many_tokens_of_what_devices_hold_out_the_model_would_sa
     assert all(0 < (row.personal_accuracy or 0) <= 1 for row in found.devices)
 
 
+def test_it_is_told_who_has_which_classes(tmp_path: Path, tiny_base: Path, data: Path) -> None:
+    run(tmp_path, *settings(tiny_base, data), "rounds.num_rounds=1", "simulation.partition.kind=natural")
+    lines = [json.loads(line) for line in events(tmp_path).splitlines()]
+    told = {line["device"]: line["data"] for line in lines if line["event"] == "device"}
+    assert [sum(count > 0 for count in counts) for counts in told.values()] == [1, 1, 1]
+    assert all(len(counts) == len(WORDS) for counts in told.values())
+
+
 def test_data_may_be_named_by_a_pattern(tmp_path: Path, tiny_base: Path, data: Path) -> None:
     (data.parent / "more.jsonl").write_text(json.dumps({"text": "number 80", "label": "white"}))
     files = settings_of(tiny_base, data.parent / "*.jsonl")

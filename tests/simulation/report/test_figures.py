@@ -57,6 +57,20 @@ def test_accuracy_is_drawn_in_percent_where_there_is_one() -> None:
     assert curves.accuracies_of(Judged({}, logs.story(), "surrogate")) == []
 
 
+def test_devices_that_trained_again_say_what_was_learnt_where_rounds_ask_others() -> None:
+    def update(device: str, loss: float, accuracy: float | None) -> dict[str, Any]:
+        return {"t": 1.0, "event": "update", "device": device, "held_out": loss, "accuracy": accuracy}
+
+    updates = [update("pi-0", 4.0, 0.2), update("once", 1.0, 0.9), update("pi-0", 9.0, 0.9), update("pi-1", 2.0, 0.4)]
+    updates += [update("pi-0", 3.0, 0.3), update("pi-1", 1.0, 0.5)]
+    lines = [logs.fleet(), *updates, {**logs.version(1, None), "accuracy": 0.5}]
+    run = Judged({}, told(map(json.dumps, lines), "a log"), "real")
+    assert curves.headline([run]) == "Held-out loss 3 → 2 on the 2 devices that trained more than once"
+    assert curves.accuracy_headline([run]) == (
+        "Held-out accuracy 30.0% → 40.0% on the 2 devices that trained more than once"
+    )
+
+
 def test_what_a_round_took_is_told_by_kind() -> None:
     spent = [{"t": 1.0, "event": "spent", "device": name, "joules": 60.0} for name in ("pi-0", "nano-0")]
     story = told([*logs.log().splitlines(), *map(json.dumps, spent)], "a log")
