@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from simulation import engines
 from simulation.engines.pool import Processes
 from simulation.engines.spread import Lost, Spread
 from simulation.work import Done, Recipe, Task
-from tests.simulation.fleets import events, run, world
+from tests.simulation.fleets import asked, events, run, world
 
 
 def killed_once(flag: Path, recipe: Recipe, task: Task) -> Done:
@@ -166,6 +168,26 @@ def test_a_killed_worker_of_ray_changes_no_byte(tmp_path: Path, monkeypatch: pyt
     assert events(tmp_path / "ray") == events(tmp_path / "inline")
 
 
+@pytest.mark.slow
+def test_a_ray_job_computes_on_the_cluster_that_it_is_a_job_of(tmp_path: Path) -> None:
+    """A job's entry point is a process of its own, to which Ray tells the address of its cluster."""
+    ray = pytest.importorskip("ray")
+    run(tmp_path / "inline")
+    (tmp_path / "fleet.toml").write_text("")
+    chosen = asked("simulation.engine=ray", "simulation.ray_address=auto")
+    words = [sys.executable, "-m", "edge_runtime.cli", "simulate", "fleet.toml", "--out", "job", "--no-draw", "--json"]
+    words += [word for each in chosen for word in ("--set", each)]
+    ray.shutdown()
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        told = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        done = subprocess.run(words, cwd=tmp_path, env=told, capture_output=True, text=True, check=False)
+    finally:
+        ray.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert events(tmp_path / "job") == events(tmp_path / "inline")
+
+
 def test_what_ray_has_ready_is_the_handle_that_was_given_even_if_it_comes_as_another_object(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -180,7 +202,7 @@ def test_what_ray_has_ready_is_the_handle_that_was_given_even_if_it_comes_as_ano
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])
 def test_a_cluster_of_ray_that_nobody_is_at_ends_the_run_with_what_to_do(tmp_path: Path, scheme: str) -> None:
-    pytest.importorskip("ray")
+    pytest.importorskip("ray").shutdown()
     with socket.socket() as mine:
         mine.bind(("127.0.0.1", 0))  # and never listens
         address = f"{scheme}127.0.0.1:{mine.getsockname()[1]}"
