@@ -16,6 +16,8 @@ from simulation.engines import Engine
 from simulation.work import Done, Task
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS done (key TEXT PRIMARY KEY, facts TEXT, payload BLOB, residual BLOB, private BLOB)"
+WRITTEN_AT_ONCE = 64
+"""Outcomes that a kill may cost."""
 
 
 class Journal:
@@ -25,14 +27,13 @@ class Journal:
         path: the file; made where there is none.
         engine: computes what it lacks.
         digest: of what outcomes depend on beside their task.
-        at_once: outcomes that are written together, and that a kill may cost.
 
     Raises:
         ConfigError: the file cannot be used.
     """
 
-    def __init__(self, path: Path, engine: Engine, digest: str, at_once: int = 1) -> None:
-        self._engine, self._digest, self._unwritten, self._at_once = engine, digest[:16], 0, at_once
+    def __init__(self, path: Path, engine: Engine, digest: str) -> None:
+        self._engine, self._digest, self._unwritten = engine, digest[:16], 0
         self.found = 0
         """Outcomes that were there."""
         try:
@@ -66,7 +67,7 @@ class Journal:
         values = (self._key(key), facts, done.payload, done.residual, done.private)
         self._db.execute("INSERT OR REPLACE INTO done VALUES (?, ?, ?, ?, ?)", values)
         self._unwritten += 1
-        if self._unwritten >= self._at_once:
+        if self._unwritten >= WRITTEN_AT_ONCE:
             self._write()
         return done
 

@@ -26,8 +26,6 @@ from simulation.surrogate import Problem, SurrogateTrainer
 
 OUTCOMES = 2
 """Of what an outcome tells: those that an older package kept, which told less, are computed again."""
-TOGETHER = 64
-"""Outcomes of a surrogate that are written at once: a disk that waits for each would take longer than they."""
 DECODED = 16
 """Bands that a worker keeps decoded."""
 
@@ -160,11 +158,6 @@ class Recipe:
         for path in files_of(self.simulation):
             total.update(hashlib.sha256(path.read_bytes()).digest())
         return total.hexdigest()
-
-    @property
-    def at_once(self) -> int:
-        """Outcomes that are written to the disk together: what a kill may cost. Real ones take seconds each."""
-        return 1 if self.simulation.trainer == "real" else TOGETHER
 
     def workshop(self) -> Workshop:
         """The workshop of a process.

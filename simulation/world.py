@@ -118,7 +118,7 @@ class World:
         self._closing.callback(log.close)
         fleet = people.People(config, simulation, self._groups)
         recipe = Recipe(simulation, config.device.eval_fraction, config.device.eval_examples)
-        engine = Journal(folder / "outcomes.db", engines.build(recipe, self._say), recipe.digest, recipe.at_once)
+        engine = Journal(folder / "outcomes.db", engines.build(recipe, self._say), recipe.digest)
         self._closing.callback(engine.close)
         self._store = Store(folder / "server", durable=False)
         self._closing.callback(self._store.close)
