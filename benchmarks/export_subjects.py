@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from edge_runtime.lora.adapter import Adapter, Pair
-from edge_runtime.train import data, families, fresh, loop
+from edge_runtime.train import data, evaluating, families, fresh, loop
 from edge_runtime.train.base import PreparedBase, load, prepare
 from export.subject import Subject
 
@@ -56,9 +56,9 @@ def trained(*, steps: int, prompts: int, prompt_tokens: int) -> Case:
     live = family.attach(loaded.model, slot, scaling=SCALING)
     family.load(live, fresh.fresh_adapter(slot))
     examples = data.tokenise_all(train[: 4 * steps], loaded.tokenizer, LENGTH).examples
-    before = loop.evaluate(live, examples[:4]).loss
+    before = evaluating.evaluate(live, examples[:4]).loss
     loop.train_round(live, examples, loop.LocalTask(steps=steps, learning_rate=2e-3, micro_batch=4))
-    print(f"{steps} steps: training loss {before:.3f} → {loop.evaluate(live, examples[:4]).loss:.3f}")
+    print(f"{steps} steps: training loss {before:.3f} → {evaluating.evaluate(live, examples[:4]).loss:.3f}")
     subject = Subject(family.read_all(live), SCALING, "smollm2", prepared)
     rows = [data.tokenise_whole(example, loaded.tokenizer).input_ids[:prompt_tokens] for example in held_out[:prompts]]
     return Case("SmolLM2-135M", subject, _other(subject, ATTENTION), tuple(rows))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edge_runtime.lora.adapter import LayerSlot, Slot
-from edge_runtime.train import data, families, loop
+from edge_runtime.train import data, evaluating, families
 from edge_runtime.train.base import load, prepare
 
 FILES, EACH = 12, 3
@@ -49,4 +49,4 @@ def loss(kept: Kept, folder: Path, *, files: int = FILES) -> float:
     # A direction of no effect: what is evaluated must be a live model.
     layer = base.model.get_submodule(NAME)
     slot = Slot({NAME: LayerSlot(layer.out_features, layer.in_features, 1, 1)})
-    return loop.evaluate(families.get("lora").attach(base.model, slot, scaling=1.0), tokens).loss
+    return evaluating.evaluate(families.get("lora").attach(base.model, slot, scaling=1.0), tokens).loss

@@ -95,7 +95,7 @@ def _ours(run: Run) -> dict[str, Any]:
     heap.steady()
     import torch  # noqa: PLC0415 - as above
 
-    from edge_runtime.train import loop  # noqa: PLC0415 - as above
+    from edge_runtime.train import evaluating, loop  # noqa: PLC0415 - as above
     from edge_runtime.train.live import attach, load_adapter  # noqa: PLC0415 - as above
 
     torch.set_num_threads(run.threads)
@@ -118,7 +118,7 @@ def _ours(run: Run) -> dict[str, Any]:
     order = _order(len(examples), run)
     found = _found(run, [[len(examples[index].input_ids) for index in step] for step in order], times, losses)
     if run.evaluate:
-        found["held_out"] = loop.evaluate(live, held_out).loss
+        found["held_out"] = evaluating.evaluate(live, held_out).loss
     return found
 
 

@@ -114,7 +114,7 @@ def _train(choice: Choice, cache: Path) -> dict[str, float]:
     import torch  # noqa: PLC0415 - as above
 
     from edge_runtime.lora.adapter import Adapter, LayerSlot, Pair, Slot  # noqa: PLC0415 - as above
-    from edge_runtime.train import data, loop  # noqa: PLC0415 - as above
+    from edge_runtime.train import data, evaluating, loop  # noqa: PLC0415 - as above
     from edge_runtime.train.base import load, prepare  # noqa: PLC0415 - as above
     from edge_runtime.train.families import get  # noqa: PLC0415 - as above
     from profiles.card import card_from_config  # noqa: PLC0415 - as above
@@ -141,12 +141,12 @@ def _train(choice: Choice, cache: Path) -> dict[str, float]:
         for name, layer in slot.layers.items()
     })  # fmt: skip
     get("lora").load(live, start)
-    before = loop.evaluate(live, unseen).loss
+    before = evaluating.evaluate(live, unseen).loss
     task = loop.LocalTask(
         steps=choice.steps, learning_rate=2e-3, micro_batch=4, warmup_steps=2, seed=choice.seed
     )  # fmt: skip
     loop.train_round(live, tokens, task)
-    return {"before": before, "after": loop.evaluate(live, unseen).loss}
+    return {"before": before, "after": evaluating.evaluate(live, unseen).loss}
 
 
 if __name__ == "__main__":

@@ -276,7 +276,8 @@ class Server(Section):
     workers: Positive | None = None
     """Layers merged at a time, where the engine is not local; as many as there are cores when absent."""
     ray_address: str | None = None
-    """Of a Ray cluster, HOST:PORT or ray://HOST:PORT; one of this machine alone when absent."""
+    """Of a Ray cluster, HOST:PORT or ray://HOST:PORT; auto for the one that this machine is part of; one of this
+    machine alone when absent."""
 
 
 class Config(Section):

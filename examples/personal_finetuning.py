@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edge_runtime.errors import EdgeRuntimeError
-from edge_runtime.train import base, data, families, fresh, generate, loop, metrics, trackers
+from edge_runtime.train import base, data, evaluating, families, fresh, generate, loop, metrics, trackers
 from edge_runtime.train.generate import Decoding
 from edge_runtime.train.live import LiveModel
 from export import peft, subject
@@ -39,7 +39,7 @@ def _arguments() -> argparse.Namespace:
 
 def judge(live: LiveModel, tokenizer: Any, held_out: list[data.Example]) -> dict[str, float]:
     """Loss on all held-out examples, and how close the answers to a few of them come."""
-    loss = loop.evaluate(live, data.tokenise_all(held_out, tokenizer, LENGTH).examples, batch=4).loss
+    loss = evaluating.evaluate(live, data.tokenise_all(held_out, tokenizer, LENGTH).examples, batch=4).loss
     asked = [example for example in held_out if example.messages][:2]  # a plain text asks nothing
     answers = generate.task_metrics(live.model, tokenizer, asked, ["rouge_l"], HOW) if asked else {}
     return {"loss": loss, "perplexity": metrics.perplexity(loss), **answers}

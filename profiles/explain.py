@@ -87,7 +87,9 @@ def nothing_fits(problem: Problem, overrides: Overrides, without: Setting | None
     if without is not None:
         return f"{problem_said}; without what was asked for, this fits: {_in_short(without)}"
     base = _largest_that_fits(problem)
-    cure = f"the largest known base that fits is {base}" if base else "no known base fits: raise the budget"
+    if not base:
+        return f"{problem_said}; free memory or raise the limit: no known base fits"
+    cure = f"the largest known base that fits is {base}"
     return f"{problem_said}; free memory, raise the limit, or choose a smaller base: {cure}"
 
 

@@ -16,6 +16,7 @@ from edge_runtime.identity import Identity, hello_of, offline, online
 from edge_runtime.wire import blobs, topics
 from edge_runtime.wire.messages import Directive, Losses, Message, Offer, Report, dump
 from server.resuming import QUIET_SECONDS
+from simulation import partition
 from simulation.battery import Charge, Outcome, rested
 from simulation.clock import Event
 from simulation.computing import Work, foreseen, on_disk, work_of
@@ -189,7 +190,8 @@ class Device:
 
     def _tell_plan(self, planned: Planned) -> None:
         plan, person = planned.plan, self.person
-        data = list(person.data) if self._around.counted else len(person.data)
+        classes = self._around.classes
+        data = list(person.data) if classes is None else partition.counted(person.data, classes)
         self._around.log.write(
             self._clock.now, "device", device=self.name, group=self._group.name, rank=plan.rank, held=plan.held,
             layers=plan.layers_trained, precision=plan.precision, plan=planned.intro.plan, examples=person.examples,
@@ -324,13 +326,15 @@ class Device:
         self._stretch_ends(work)
         self._work = None
         done = self._around.engine.result(work.task.key)
-        self.accounts.spent.held_out = done.held_out
+        self.accounts.spent.judged(done)
         held_out = Losses(merged=done.held_out, version=work.directive.version, personal=done.personal)
         if done.personal is None:
             self._offer(work, done, held_out)
             return
-        self.accounts.spent.personal = done.personal
-        facts = {"held_out": done.held_out, "personal": done.personal}
+        facts = {
+            "held_out": done.held_out, "personal": done.personal,
+            "accuracy": done.accuracy, "personal_accuracy": done.personal_accuracy,
+        }  # fmt: skip
         self._around.log.write(self._clock.now, "personal", device=self.name, **facts)
         self._report("done", held_out=held_out)
         self.apply(agent.Finished())
@@ -338,7 +342,8 @@ class Device:
     def _offer(self, work: Work, done: Done, held_out: Losses) -> None:
         directive, around = work.directive, self._around
         around.trained(directive, done)
-        facts = {"held_out": done.held_out, "loss_first": done.loss_first, "loss_last": done.loss_last}
+        told = ("held_out", "accuracy", "loss_first", "loss_last")
+        facts = {name: getattr(done, name) for name in told}
         around.log.write(
             self._clock.now, "update", device=self.name, round=directive.round, version=directive.version,
             slowdown=work.slowdown, **facts,

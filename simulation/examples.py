@@ -13,7 +13,7 @@ from edge_runtime.errors import DataError
 from edge_runtime.train import data, rows
 from edge_runtime.train.rows import Example
 from simulation import partition
-from simulation.settings import Simulation, name_of
+from simulation.settings import Simulation, files_of, name_of
 
 LEAST = 2
 """Examples of a device: one to train on, and one to hold out."""
@@ -23,11 +23,12 @@ def load(simulation: Simulation) -> tuple[list[Example], list[str]]:
     """All examples, and the class of each: what its row says, or the name of its file.
 
     Raises:
+        ConfigError: a pattern for which no file is there.
         DataError: a file that cannot be read, or a row that is no example; names file and row.
     """
     examples: list[Example] = []
     classes: list[str] = []
-    for path in simulation.data:
+    for path in files_of(simulation):
         found = _rows(path)
         examples += rows.from_rows(found, name=str(path))
         classes += [str(row.get(simulation.class_field, path.stem)) for row in found]
@@ -50,6 +51,13 @@ def _rows(path: Path) -> list[dict[str, object]]:
                 raise DataError(f"{path}:{number}: expected a JSON object; found {rows.short(row)}")
             found.append(row)
     return found
+
+
+def class_numbers(simulation: Simulation) -> list[int]:
+    """The class of each example, by its place among their names in order."""
+    names = load(simulation)[1]
+    places = {name: place for place, name in enumerate(sorted(set(names)))}
+    return [places[name] for name in names]
 
 
 def dealt(

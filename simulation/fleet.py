@@ -150,7 +150,9 @@ class Planning:
             except PlanError as error:
                 refused.append(f"'{group.name}' ({group.settings.count} x {group.settings.device}): {error}")
         if refused:
-            raise PlanError(f"this fleet is impossible with the base '{self._card.name}': {'; '.join(refused)}")
+            # Each on a line of its own: there may be many, and each says what would make it fit.
+            whole = "\n  ".join([f"this fleet is impossible with the base '{self._card.name}':", *refused])
+            raise PlanError(f"{whole}\nor leave these devices out")
 
     def _planned(self, group: Group, spec: AdapterSpec, training: Training) -> Planned:
         card, problem = self._card, self._problem

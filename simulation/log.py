@@ -6,11 +6,13 @@
     {"t", "event": "directive", "phase", "round", "version"}
     {"t", "event": "span", "device", "kind", "from", "to", "round"}                             when the span ends
                                                       kind: computing, paused, sending, receiving, away
-    {"t", "event": "update", "device", "round", "version", "held_out", "loss_first", "loss_last", "slowdown"}
-    {"t", "event": "personal", "device", "held_out", "personal"}
+    {"t", "event": "update", "device", "round", "version", "held_out", "accuracy", "loss_first", "loss_last",
+     "slowdown"}
+    {"t", "event": "personal", "device", "held_out", "personal", "accuracy", "personal_accuracy"}
     {"t", "event": "crash", "device"}, {"t", "event": "dropout", "device", "to"}, {"t", "event": "server crash"}
     {"t", "event": "server", "what", …}               what the server records ("update", "merge" …), but no reports
     {"t", "event": "version", …}                      a row of rounds.csv
+    {"t", "event": "spent", "device", "joules"}       at the end, of each device that took energy
     {"t", "event": "end", "finished", "why"}          last of all
 
 The spans are in a table of their own as well, for a Gantt chart. Keys are sorted and numbers are written as Python

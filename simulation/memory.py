@@ -74,6 +74,8 @@ class Spent:
         rounds: whose updates were accepted.
         held_out: loss of the last version that it trained from.
         personal: loss of its personal adapter.
+        accuracy: of that version; None where no tokens are said.
+        personal_accuracy: of its personal adapter, likewise.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -84,3 +86,10 @@ class Spent:
     rounds: int = 0
     held_out: float | None = None
     personal: float | None = None
+    accuracy: float | None = None
+    personal_accuracy: float | None = None
+
+    def judged(self, done: Done) -> None:
+        """Remember how good what it received was, and what it has made of it for itself."""
+        self.held_out, self.accuracy = done.held_out, done.accuracy
+        self.personal, self.personal_accuracy = done.personal, done.personal_accuracy

@@ -42,6 +42,18 @@ def counts(settings: Partition, sizes: Sequence[int], classes: int, seed: int) -
     return apportioned(KINDS[settings.kind](settings, len(whole), classes, seed), whole)
 
 
+def counted(numbers: Sequence[int], classes: Sequence[int]) -> list[int]:
+    """How many of these examples are of each class.
+
+    Args:
+        numbers: of the examples.
+        classes: the class of each example that there is, from 0 on.
+    """
+    whole = np.asarray(classes, np.int64)
+    found: list[int] = np.bincount(whole[list(numbers)], minlength=int(whole.max()) + 1).tolist()
+    return found
+
+
 def _natural(_settings: Partition, devices: int, classes: int, _seed: int) -> Shares:
     return np.asarray(np.eye(classes)[np.arange(devices) % classes], np.float64)
 

@@ -111,6 +111,13 @@ def _data(
     return [(row, sum(row)) for row in rows], [float(share) for share in total / total.sum()]
 
 
+def classes_of(simulation: Simulation) -> list[int]:
+    """The class of each example of a simulation with real training."""
+    from simulation import examples  # noqa: PLC0415  as above
+
+    return examples.class_numbers(simulation)
+
+
 def row_of(device: Device, now: float) -> DeviceRow:
     """A device's row at the end."""
     spent, planned = device.accounts.spent, device.planned
@@ -132,4 +139,6 @@ def row_of(device: Device, now: float) -> DeviceRow:
         joules=spent.joules,
         held_out=spent.held_out,
         personal=spent.personal,
+        accuracy=spent.accuracy,
+        personal_accuracy=spent.personal_accuracy,
     )

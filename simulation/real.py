@@ -19,7 +19,7 @@ from edge_runtime.errors import ConfigError, DataError, DeviceMemoryError
 from edge_runtime.lora.adapter import Adapter, Slot
 from edge_runtime.lora.algebra import change
 from edge_runtime.lora.slices import Scores
-from edge_runtime.train import cores, data, families, loop, token_cache
+from edge_runtime.train import cores, data, evaluating, families, loop, token_cache
 from edge_runtime.train.alignment import scores
 from edge_runtime.train.base import LoadedBase, load, prepare
 from edge_runtime.train.live import LiveModel
@@ -145,6 +145,12 @@ class SharedTrainer:
         self._train, self._held_out = tokens
         self._family = families.get(task.directive.adapter.family)
         self._received: Received | None = None
+        self._accuracy: float | None = None
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of the held-out completions' tokens that the model held most likely at the last `evaluate`."""
+        return self._accuracy
 
     @property
     def peak_bytes(self) -> int:
@@ -180,7 +186,9 @@ class SharedTrainer:
 
     def evaluate(self, texts: Texts = "reported") -> float:  # noqa: ARG002 - it has one kind
         """Mean completion loss on the held-out examples, nats per token."""
-        return loop.evaluate(self._live, self._held_out).loss
+        found = evaluating.evaluate(self._live, self._held_out, count_right=True)
+        self._accuracy = found.accuracy
+        return found.loss
 
     def train(
         self,

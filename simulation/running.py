@@ -67,6 +67,7 @@ class Ran:
             "loss": last.loss if last else None,
             "floor": last.floor if last else None,
             "held_out": last.held_out if last else None,
+            "accuracy": last.accuracy if last else None,
             "bytes_up": last.bytes_up if last else 0.0,
             "bytes_down": last.bytes_down if last else 0.0,
             "joules": last.joules if last else 0.0,

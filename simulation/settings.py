@@ -131,11 +131,13 @@ class Simulation(Section):
     workers: Positive | None = None
     """Rounds computed at a time, where the engine is not inline; as many as there are cores when absent."""
     ray_address: str | None = None
-    """Of a Ray cluster, HOST:PORT or ray://HOST:PORT; one of this machine alone when absent."""
+    """Of a Ray cluster, HOST:PORT or ray://HOST:PORT; auto for the one that this machine, or this Ray job, is part of;
+    a cluster of this machine alone when absent."""
     base: str = "SmolLM2-135M"
     """The base model that plans, times and bytes are those of; real training needs its files."""
     data: tuple[Path, ...] = ()
-    """Real trainer: JSONL files of examples, whose field `class_field` tells their class."""
+    """Real trainer: JSONL files of examples, whose field `class_field` tells their class; * and ? stand for letters of
+    a file's name."""
     class_field: str = "label"
     classes: Annotated[int, Field(ge=1, le=10_000)] = 10
     """Surrogate: classes of examples."""
@@ -174,6 +176,23 @@ class Simulation(Section):
 def name_of(group: Devices) -> str:
     """What a group of devices is called."""
     return group.name or Path(group.device).stem
+
+
+def files_of(simulation: Simulation) -> list[Path]:
+    """The files of examples, those that a pattern stands for in the order of their names.
+
+    Raises:
+        ConfigError: a pattern for which no file is there.
+    """
+    found: list[Path] = []
+    for path in simulation.data:
+        meant = sorted(path.parent.glob(path.name)) if set(path.name) & set("*?") else [path]
+        if not meant:
+            raise ConfigError(
+                f"simulation.data: no file is called {path}; expected at least one JSONL file of examples"
+            )
+        found += meant
+    return found
 
 
 def load(path: Path | None, overrides: Sequence[str] = ()) -> tuple[Config, Simulation]:

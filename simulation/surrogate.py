@@ -143,6 +143,10 @@ class SurrogateTrainer:
         """Nothing to speak of."""
         return 0
 
+    @property
+    def accuracy(self) -> None:
+        """There is none: a regression says no tokens."""
+
     def introduce(
         self, spec: AdapterSpec, training: Training, ceiling: int | None, on_plan: Callable[[int], None]
     ) -> Introduction:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from edge_runtime.config import Config
@@ -38,7 +38,8 @@ class Surroundings:
         keep_alive: seconds after which a device that works says so.
         newest: the retained Directive and its bytes; None before there is one.
         busy: names of the devices that are at work: they hear every Directive.
-        counted: whether data of devices are counts of classes.
+        classes: the class of each example where data of devices are numbers of examples; None where they are counts of
+            classes already.
     """
 
     config: Config
@@ -54,7 +55,7 @@ class Surroundings:
     keep_alive: float
     newest: tuple[Directive, int] | None
     busy: dict[str, None]
-    counted: bool
+    classes: Sequence[int] | None
 
 
 @dataclass(frozen=True, eq=False)

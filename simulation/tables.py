@@ -25,6 +25,8 @@ class VersionRow:
         bytes_up: by all devices since the beginning.
         bytes_down: likewise; Directives are not counted.
         joules: likewise.
+        accuracy: mean over the same devices, of the share of held-out tokens that the version before holds most likely;
+            None where no tokens are said.
     """
 
     round: int
@@ -38,6 +40,7 @@ class VersionRow:
     bytes_up: float
     bytes_down: float
     joules: float
+    accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class DeviceRow:
         joules: of its work for the fleet.
         held_out: of the last version that it trained from.
         personal: loss of its personal adapter.
+        accuracy: as of `held_out`.
+        personal_accuracy: of its personal adapter.
     """
 
     device: str
@@ -85,6 +90,8 @@ class DeviceRow:
     joules: float
     held_out: float | None
     personal: float | None
+    accuracy: float | None = None
+    personal_accuracy: float | None = None
 
 
 Rows = Sequence[VersionRow] | Sequence[DeviceRow]

@@ -133,7 +133,8 @@ def read(path: Path) -> dict[str, list[Span]]:
             )
         if before is not None and begin < before:
             raise DataError(
-                f"{where}: time runs backwards: '{device}' from {begin} h, after a row to {before} h; sort the rows"
+                f"{where}: time runs backwards: '{device}' from {begin} h, after a row to {before} h; sort the rows, "
+                "and join those that overlap"
             )
         is_on = _on(row, where)
         if is_on is not None and before is not None and begin > before:

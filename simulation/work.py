@@ -21,9 +21,11 @@ from edge_runtime.wire import codec
 from edge_runtime.wire.messages import Directive
 from profiles.plan import Plan
 from server.one_thread import one_thread
-from simulation.settings import Simulation
+from simulation.settings import Simulation, files_of
 from simulation.surrogate import Problem, SurrogateTrainer
 
+OUTCOMES = 2
+"""Of what an outcome tells: those that an older package kept, which told less, are computed again."""
 DECODED = 16
 """Bands that a worker keeps decoded."""
 
@@ -85,6 +87,9 @@ class Done:
         loss_last: of the training.
         held_out: of the version that it began from.
         personal: of its personal adapter; None in a round.
+        accuracy: of the version that it began from: the share of the held-out completions' tokens that the model holds
+            most likely; None for a surrogate, which says no tokens.
+        personal_accuracy: likewise, of its personal adapter.
     """
 
     payload: bytes
@@ -96,12 +101,22 @@ class Done:
     loss_last: float
     held_out: float
     personal: float | None = None
+    accuracy: float | None = None
+    personal_accuracy: float | None = None
+
+
+class Judging(Trainer, Protocol):
+    """The trainer of a simulated device."""
+
+    @property
+    def accuracy(self) -> float | None:
+        """What the last `evaluate` found, as `Done` has it."""
 
 
 class Workshop(Protocol):
     """Makes the trainers of devices in one process."""
 
-    def trainer(self, task: Task) -> Trainer:
+    def trainer(self, task: Task) -> Judging:
         """Of the task's device; it need not outlive the next call."""
 
 
@@ -115,7 +130,7 @@ class Surrogates:
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
 
-    def trainer(self, task: Task) -> Trainer:
+    def trainer(self, task: Task) -> Judging:
         """A new one: it costs nothing."""
         return SurrogateTrainer(self._problem, task.intro, task.directive.adapter, task.name, task.data)
 
@@ -138,9 +153,9 @@ class Recipe:
     def digest(self) -> str:
         """SHA-256 of what outcomes depend on beside their task."""
         kept = {"seed", "trainer", "base", "data", "class_field", "classes", "surrogate", "precision", "threads"}
-        texts = [self.simulation.model_dump_json(include=kept), f"{self.eval_fraction} {self.eval_examples}"]
+        texts = [self.simulation.model_dump_json(include=kept), f"{self.eval_fraction} {self.eval_examples} {OUTCOMES}"]
         total = hashlib.sha256("\n".join(texts).encode())
-        for path in self.simulation.data:
+        for path in files_of(self.simulation):
             total.update(hashlib.sha256(path.read_bytes()).digest())
         return total.hexdigest()
 
@@ -191,18 +206,18 @@ class Bench:
         adapter = local_round.received(directive, task.intro, found, memory)
         trainer = self._workshop.trainer(task)
         trainer.receive(adapter)
-        held_out = trainer.evaluate()
+        held_out, accuracy = trainer.evaluate(), trainer.accuracy
         if task.personal and not directive.training.max_steps:
-            return Done(b"", b"", None, {}, 0, held_out, held_out, held_out, held_out)
+            return Done(b"", b"", None, {}, 0, held_out, held_out, held_out, held_out, accuracy, accuracy)
         if task.personal:
             result = trainer.train(directive.training, directive.round + 1, lambda _: None, lambda: False)
             numbers = (result.examples, result.loss_first, result.loss_last, held_out)
-            return Done(b"", b"", None, {}, *numbers, trainer.evaluate())
+            return Done(b"", b"", None, {}, *numbers, trainer.evaluate(), accuracy, trainer.accuracy)
         made = local_round.contribute(directive, task.intro, adapter, trainer, memory)
         result = made.result
         facts = {**memory.written, **made.facts}
         numbers = (result.examples, result.loss_first, result.loss_last, held_out)
-        return Done(made.payload, made.residual, made.private, facts, *numbers)
+        return Done(made.payload, made.residual, made.private, facts, *numbers, accuracy=accuracy)
 
     def _band(self, sha256: str, payload: bytes) -> Adapter:
         found = self._decoded.pop(sha256, None) or codec.decode(payload)

@@ -100,7 +100,7 @@ class World:
         planning.check(self._groups, spec, people.training_of(config))
         self._clock, self._closing = Clock(), ExitStack()
         self._versions: list[VersionRow] = []
-        self._held_out: dict[int, list[float]] = {}
+        self._judged: dict[int, list[tuple[float, float | None]]] = {}
         self._asked: tuple[object, list[Device]] = (None, [])
         self._still = 0
         self._next_crash: Event | None = None
@@ -139,7 +139,7 @@ class World:
         thresholds = Thresholds(governor.pause_below_battery or None, governor.resume_above_battery or None)
         self._around = Surroundings(
             config, simulation.seed, clock, host, engine, planning, thresholds, log, self._trained, Spent(),
-            patience / 3, None, {}, self._problem is not None,
+            patience / 3, None, {}, None if self._problem else people.classes_of(simulation),
         )  # fmt: skip
         self._devices = {person.name: Device(person, self._around) for person in fleet.people}
         host.begin()
@@ -237,7 +237,7 @@ class World:
         self._devices[client].hear_later(message, size)
 
     def _trained(self, directive: Directive, done: Done) -> None:
-        self._held_out.setdefault(directive.version, []).append(done.held_out)
+        self._judged.setdefault(directive.version, []).append((done.held_out, done.accuracy))
 
     def _record(self, event: Mapping[str, Any]) -> None:
         self._around.log.server(self._clock.now, event)
@@ -252,12 +252,13 @@ class World:
         if self._problem is not None:
             loss = self._problem.loss(self._problem.dense(self._adapter(version)), self._shares)
             floor = self._problem.floor(self._shares)
-        known = self._held_out.pop(version - 1, [])
+        known = self._judged.pop(version - 1, [])
         total = self._around.total
         row = VersionRow(
-            int(event["round"]), version, self._clock.now, loss, floor, float(np.mean(known)) if known else None,
+            int(event["round"]), version, self._clock.now, loss, floor, _mean([loss for loss, _ in known]),
             max((layer["updates"] for layer in event["layers"].values()), default=0), float(event["truncation"]),
             total.bytes_up, total.bytes_down, total.joules,
+            _mean([accuracy for _, accuracy in known if accuracy is not None]),
         )  # fmt: skip
         self._versions.append(row)
         self._around.log.write(self._clock.now, "version", **vars(row))
@@ -296,8 +297,15 @@ class World:
         now, version = self._clock.now, self._around.host.state.version
         for device in self._devices.values():
             device.close()
+        for name, device in self._devices.items():
+            if device.accounts.spent.joules:
+                self._around.log.write(now, "spent", device=name, joules=device.accounts.spent.joules)
         why = problem or f"{len(self._versions)} rounds are merged"
         self._around.log.write(now, "end", finished=not problem, why=why)
         digest = self._adapter(version).digest() if self._store.version(version) else ""
         rows = [people.row_of(device, now) for device in self._devices.values()]
         return Outcome(not problem, why, now, self._versions, rows, self._clock.happened, self._journal.found, digest)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None

@@ -216,6 +216,9 @@ def simulate(
         Path | None, typer.Option(help="Folder of runs that have ended: write their report, simulate nothing.")
     ] = None,
     target: Annotated[list[float] | None, typer.Option(help="A loss whose cost the report tells; repeatable.")] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option(help="hours=2, mib=500, joules=1e5: what is reached within it; repeatable.")
+    ] = None,
     draw: Annotated[bool, typer.Option(help="Write report.html and figures at the end.")] = True,
     overrides: Overrides = None,
     json: Json = False,
@@ -223,13 +226,15 @@ def simulate(
     """A fleet of unlike devices in virtual time; Ctrl-C and go on later."""
     from edge_runtime.cli import simulate as verb
     from edge_runtime.errors import ConfigError
+    from simulation.report import protocols
 
+    asked = protocols.questions(target or [], budget or [])
     if file is None and report is not None:
-        return verb.report(report, target or [], json=json)
+        return verb.report(report, asked, json=json)
     if file is None or report is not None:
         found = "neither" if file is None else "both"
         raise ConfigError(f"simulate takes FLEET_TOML, or --report FOLDER of runs that have ended; found {found}")
-    return verb.run(file, sweep or [], out, overrides or [], json=json, drawn=draw, targets=target or [])
+    return verb.run(file, sweep or [], out, overrides or [], json=json, drawn=draw, asked=asked)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from edge_runtime.cli import shell
 from edge_runtime.errors import INTERRUPTED, RoundError, missing_extra
 from simulation import running
 from simulation.report import writing
+from simulation.report.protocols import Questions
 from simulation.running import Ran, Run
 
 
@@ -28,7 +29,7 @@ def run(
     *,
     json: bool,
     drawn: bool = False,
-    targets: Sequence[float] = (),
+    asked: Questions = writing.ANYTHING,
 ) -> int:
     """Simulate; 0 when all rounds of all runs are merged, 14 when some are not, 130 when interrupted (it goes on).
 
@@ -39,7 +40,7 @@ def run(
         overrides: `section.key=value`, each.
         json: print JSON instead of tables.
         drawn: whether the report is written at the end.
-        targets: losses whose cost the report tells; it chooses some when empty.
+        asked: targets and budgets that the report judges by; it chooses some when there are none.
     """
     runs = running.planned(file, overrides, sweep, out)
     console = Console(stderr=True)
@@ -63,11 +64,11 @@ def run(
             f"in {out}/: {', '.join(sorted({path.name for each in ran for path in each.files}))}, events.jsonl"
         )
     if drawn:
-        _reported(ran, out, targets, say)
+        _reported(ran, out, asked, say)
     return 0 if all(each.outcome.finished for each in ran) else RoundError.exit_code
 
 
-def report(folder: Path, targets: Sequence[float], *, json: bool) -> int:
+def report(folder: Path, asked: Questions, *, json: bool) -> int:
     """Report runs that have ended.
 
     Raises:
@@ -75,19 +76,19 @@ def report(folder: Path, targets: Sequence[float], *, json: bool) -> int:
         MissingExtraError: matplotlib is not installed; the tables are written.
     """
     say = shell.logger("simulate", as_json=json)
-    written = writing.of_folder(folder, targets)
+    written = writing.of_folder(folder, asked)
     say(f"in {folder}/: {', '.join(path.name for path in written.files)}")
     if not written.drawn:
         raise missing_extra("matplotlib", "simulate")
     return 0
 
 
-def _reported(ran: Sequence[Ran], out: Path, targets: Sequence[float], say: Callable[[str], None]) -> None:
+def _reported(ran: Sequence[Ran], out: Path, asked: Questions, say: Callable[[str], None]) -> None:
     if ran[0].run.chosen:
         tried = [(_parted(each.run.chosen), each.run.folder) for each in ran]
-        written = writing.of_sweep(out, tried, targets)
+        written = writing.of_sweep(out, tried, asked)
     else:
-        written = writing.of_run(out, targets)[0]
+        written = writing.of_run(out, asked)[0]
     # A run that has ended well is not spoilt by a picture that cannot be drawn.
     say(f"report: {out / writing.HTML}" if written.drawn else f"no report: {missing_extra('matplotlib', 'simulate')}")
 
@@ -115,12 +116,15 @@ def _told(bar: Progress | None, run: Run) -> Callable[[int, int], None]:
 
 def _show(console: Console, ran: Sequence[Ran]) -> None:
     """The runs, and of a single one its devices by group."""
-    table = Table("run", "rounds", "virtual time", "loss", "held out", "up", "down", "energy")
+    known = any(each.figures["accuracy"] is not None for each in ran)
+    table = Table("run", "rounds", "virtual time", "loss", "held out", *(["accuracy"] if known else []),
+                  "up", "down", "energy")  # fmt: skip
     for each in ran:
         found = each.figures
         table.add_row(
             ", ".join(each.run.chosen) or each.run.folder.name, f"{found['rounds']}{'' if found['finished'] else ' !'}",
             _time(found["seconds"]), _number(found["loss"]), _number(found["held_out"]),
+            *([_number(found["accuracy"])] if known else []),
             _size(found["bytes_up"]), _size(found["bytes_down"]), f"{found['joules'] / 3.6e6:,.3g} kWh",
         )  # fmt: skip
     console.print(table)

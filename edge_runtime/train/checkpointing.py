@@ -57,3 +57,9 @@ def decoder_layers(causal: Any) -> Sequence[Any]:
     """The layers of a causal language model of transformers, in the order of the forward pass."""
     layers: Sequence[Any] = getattr(causal, causal.base_model_prefix).layers
     return layers
+
+
+def released_layers(causal: Any) -> Sequence[Any]:
+    """The decoder layers between which the heap is released; none on a GPU, whose memory no heap of ours holds."""
+    on_card = causal.get_input_embeddings().weight.device.type != "cpu"
+    return () if on_card else decoder_layers(causal)

@@ -16,7 +16,7 @@ from edge_runtime.errors import DataError, DeviceMemoryError
 from edge_runtime.lora.adapter import Adapter, Matrix, Slot
 from edge_runtime.lora.algebra import change
 from edge_runtime.lora.slices import Scores
-from edge_runtime.train import cores, data, drift, heap, loop, own_texts, prepared, resume
+from edge_runtime.train import cores, data, drift, evaluating, heap, loop, own_texts, prepared, resume
 from edge_runtime.train.alignment import scores
 from edge_runtime.train.base import LoadedBase, load, prepare
 from edge_runtime.train.bounds import bound_primitive_cache
@@ -254,7 +254,7 @@ class LocalTrainer:
         """Mean completion loss on held-out examples, nats per token; of those that choose, no tracker is told."""
         ready, reported = self.ready, texts == "reported"
         with bearing("evaluating"):
-            loss = loop.evaluate(ready.live, ready.held_out if reported else ready.choosing).loss
+            loss = evaluating.evaluate(ready.live, ready.held_out if reported else ready.choosing).loss
         if reported:
             self.reports.evaluated(loss, self._subject)
         return loss

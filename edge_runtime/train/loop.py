@@ -1,4 +1,4 @@
-"""One local round: so many steps of AdamW on the trained slice, and the evaluation of a live model.
+"""One local round: so many steps of AdamW on the trained slice.
 
 The same base model, adapter, examples and task give the same bytes, whatever the micro-batch was cut for memory up to
 rounding, and whether or not the round was interrupted. No clock is read and nothing is written here.
@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -19,7 +19,7 @@ from edge_runtime.lora.factors import Factors
 from edge_runtime.schedule import SCHEDULES, rate_at
 from edge_runtime.train import families, gradients, heap, optimizer
 from edge_runtime.train.batches import Packed, pack_together
-from edge_runtime.train.checkpointing import checkpointing, decoder_layers, for_memory
+from edge_runtime.train.checkpointing import checkpointing, for_memory, released_layers
 from edge_runtime.train.culprit import first_bad_output
 from edge_runtime.train.data import Tokenised, batch_at
 from edge_runtime.train.exhaustion import bearing
@@ -119,19 +119,6 @@ class TrainResult:
     finished: bool
     failure: str
     state: RoundState
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The loss of a model on held-out examples.
-
-    Attributes:
-        loss: mean over all completion tokens, in nats.
-        tokens: completion tokens.
-    """
-
-    loss: float
-    tokens: int
 
 
 class _Run(NamedTuple):
@@ -252,41 +239,6 @@ def _prepared(parameters: Mapping[str, torch.nn.Parameter], task: LocalTask) -> 
     return found
 
 
-def evaluate(live: LiveModel, examples: Sequence[Tokenised], *, batch: int = 1) -> Evaluation:
-    """The mean loss of completion tokens, each token with the same weight.
-
-    Args:
-        live: its mode (training or not) is left as it was found.
-        examples: all of them are evaluated, in their order.
-        batch: examples that pass through the model at once; it changes the memory, not the result.
-
-    Raises:
-        DataError: no completion token in any example.
-    """
-    total, tokens, was_training = 0.0, 0, live.model.training
-    causal = unwrap(live.model)
-    device = causal.get_input_embeddings().weight.device
-    live.model.eval()
-    try:
-        with torch.no_grad(), lean(causal), heap.releasing(_layers(causal)):
-            for first in range(0, len(examples), batch):
-                loss = _loss(live, pack_together(examples[first : first + batch], device))
-                total += float(loss.total)
-                tokens += loss.tokens
-                heap.release()
-    finally:
-        live.model.train(was_training)
-    if not tokens:
-        raise DataError(f"expected completion tokens to evaluate, found none in {len(examples)} examples")
-    return Evaluation(total / tokens, tokens)
-
-
-def _layers(causal: Any) -> Sequence[Any]:
-    """The decoder layers between which the heap is released; none on a GPU, whose memory no heap of ours holds."""
-    on_card = causal.get_input_embeddings().weight.device.type != "cpu"
-    return () if on_card else decoder_layers(causal)
-
-
 def _indices(count: int, task: LocalTask, step: int) -> tuple[int, ...]:
     # Of the whole step, so that the order does not depend on how memory cuts it into micro-batches.
     return batch_at(step, count=count, micro_batch=task.batch_size, seed=task.seed)
@@ -366,7 +318,7 @@ def training_mode(live: LiveModel, task: LocalTask) -> Iterator[None]:
     recomputed = task.recomputed_layers if task.gradient_checkpointing else 0
     fork = torch.random.fork_rng(devices=cards)
     between = heap.LAYERS_BETWEEN_TIGHT if for_memory(causal, recomputed) else heap.LAYERS_BETWEEN
-    with fork, lean(causal), heap.releasing(_layers(causal), between), checkpointing(causal, recomputed):
+    with fork, lean(causal), heap.releasing(released_layers(causal), between), checkpointing(causal, recomputed):
         live.model.train()
         try:
             yield

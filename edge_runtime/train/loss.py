@@ -15,7 +15,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -48,6 +48,14 @@ class SummedLoss:
 
     total: torch.Tensor
     tokens: int
+
+
+class Labelled(NamedTuple):
+    """The states of labelled tokens that enter a model's head (tokens, d), their labels (tokens,), and that head."""
+
+    hidden: torch.Tensor
+    targets: torch.Tensor
+    head: torch.nn.Linear
 
 
 def chunk_tokens(vocabulary: int) -> int:
@@ -193,6 +201,44 @@ def completion_loss(
     Raises:
         BaseModelError: a head, or a step after it, that this loss does not know.
     """
+    return summed(labelled(model, input_ids, labels, position_ids, lengths))
+
+
+def summed(found: Labelled) -> SummedLoss:
+    """The summed loss of labelled tokens."""
+    total = chunked_cross_entropy(found.hidden, found.head.weight, found.targets, bias=found.head.bias)
+    return SummedLoss(total, len(found.targets))
+
+
+def right_tokens(found: Labelled, *, chunk: int | None = None) -> int:
+    """How many labelled tokens are those that the model holds most likely.
+
+    Args:
+        found: the tokens; no gradient comes of them.
+        chunk: tokens whose logits exist at once; `chunk_tokens(vocabulary)` when absent.
+    """
+    head, right = found.head, 0
+    size = chunk or chunk_tokens(head.weight.shape[0])
+    with torch.no_grad():
+        for start in range(0, len(found.targets), size):
+            part = slice(start, start + size)
+            logits = functional.linear(found.hidden[part].to(head.weight.dtype), head.weight, head.bias)
+            right += int((logits.argmax(dim=-1) == found.targets[part]).sum())
+            del logits  # as in the loss
+    return right
+
+
+def labelled(
+    model: Any,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    lengths: Sequence[int] | None = None,
+) -> Labelled:
+    """Pass examples through a model up to its head.
+
+    The arguments, and what is raised, are those of `completion_loss`.
+    """
     causal = unwrap(model)
     head = _head_of(causal)
     backbone = getattr(causal, causal.base_model_prefix)
@@ -201,5 +247,4 @@ def completion_loss(
     found = backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packed)
     hidden, targets = found.last_hidden_state[:, :-1], labels[:, 1:]
     counted = targets != IGNORED
-    total = chunked_cross_entropy(hidden[counted], head.weight, targets[counted], bias=head.bias)
-    return SummedLoss(total, int(counted.sum()))
+    return Labelled(hidden[counted], targets[counted], head)

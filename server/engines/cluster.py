@@ -8,8 +8,10 @@ Source: Moritz et al., "Ray: A Distributed Framework for Emerging AI Application
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable, Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -18,6 +20,11 @@ from threadpoolctl import threadpool_limits
 from edge_runtime.errors import EngineError
 from server.aggregators.layers import Engine, LayerResult, LayerTask, MergeLayer
 from server.engines.ahead import AHEAD, Say, in_order
+
+PATIENCE = 5.0
+"""Seconds within which a cluster's head must take a connection: Ray itself would knock for minutes."""
+WITHOUT_PLACE = ("auto", "local")
+"""Addresses that name no place."""
 
 
 def engine(address: str | None, workers: int | None, say: Say) -> Engine:
@@ -54,20 +61,43 @@ def engine(address: str | None, workers: int | None, say: Say) -> Engine:
     return spread
 
 
-def connect(address: str | None, workers: int | None) -> None:
+def connect(address: str | None, workers: int | None, key: str = "server.engine") -> None:
     """Be part of the cluster, unless this process is already.
 
+    Args:
+        address: HOST:PORT or ray://HOST:PORT of its head; auto for the one that this machine, or this job, is part of;
+            None for one of this machine alone.
+        workers: processors of a cluster of this machine; all when None.
+        key: of the configuration that asked for Ray.
+
     Raises:
-        EngineError: there is none at that address.
+        EngineError: there is none at that address; at once, or when the head has not answered for half a minute.
     """
     if ray.is_initialized():
         return
     own = {} if address else {"num_cpus": workers, "include_dashboard": False}
     try:
+        if address is not None and address not in WITHOUT_PLACE:
+            _knock(address)
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
     except (OSError, RuntimeError, ValueError) as error:
         where = f"a Ray cluster was expected at {address}" if address else "a Ray cluster on this machine cannot begin"
-        raise EngineError(f"{where} ({error}); start it with `ray start`, or choose another server.engine") from error
+        raise EngineError(
+            f"{where} ({error}); start it with `ray start --head`, correct the address, or choose another {key}"
+        ) from error
+
+
+def _knock(address: str) -> None:
+    """See that somebody listens there.
+
+    Raises:
+        OSError: nobody does.
+        ValueError: it is no address.
+    """
+    place = urlsplit(address if "://" in address else f"//{address}")
+    if not place.hostname or place.port is None:
+        raise ValueError("which is none of HOST:PORT, ray://HOST:PORT and auto")
+    socket.create_connection((place.hostname, place.port), timeout=PATIENCE).close()
 
 
 def _merge_alone(merge: MergeLayer, task: LayerTask) -> LayerResult:

@@ -43,7 +43,10 @@ class OnRay:
 
     def wait(self, handles: Iterable[Any]) -> Any:
         """The first that ends."""
-        return ray.wait(list(handles), num_returns=1)[0][0]
+        known = list(handles)
+        ready = ray.wait(known, num_returns=1)[0][0]
+        # By way of ray:// it is an equal one, and not the same.
+        return next(handle for handle in known if handle == ready)
 
     def fetch(self, handle: Any) -> Done:
         """What it gave."""
@@ -71,14 +74,15 @@ def on_ray(recipe: Recipe, address: str | None, workers: int | None, say: Say) -
 
     Args:
         recipe: of the simulation.
-        address: of the cluster's head, HOST:PORT or ray://HOST:PORT; None for a cluster of this machine alone.
+        address: of the cluster's head, HOST:PORT or ray://HOST:PORT; auto for the one that this job is part of; None
+            for a cluster of this machine alone.
         workers: processors of a cluster of this machine; all when None.
         say: told of dead workers.
 
     Raises:
         EngineError: there is no cluster at that address.
     """
-    connect(address, workers)
+    connect(address, workers, "simulation.engine")
     count = workers or int(ray.cluster_resources().get("CPU", 1))
     return Spread(OnRay(recipe), count, say)
 

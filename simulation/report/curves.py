@@ -18,28 +18,38 @@ AGAINST: Mapping[str, tuple[Callable[[VersionRow], float], Mapping[str, float], 
     "used by all devices": (lambda row: row.joules, ENERGIES, "used"),
 }
 """What loss is drawn against: of a version, its units, and how a title goes on after the quantity."""
+Curve = Callable[[Any, Judged, Callable[[VersionRow], float], int, int], None]
 LEGEND = 28
 """Runs that a legend can tell apart."""
 
 
 def losses(runs: Sequence[Judged]) -> Any:
     """Loss against each thing that it costs, all runs in the same axes."""
+    return _against(runs, _curve, "loss", headline(runs))
+
+
+def accuracies(runs: Sequence[Judged]) -> Any:
+    """Accuracy against the same things."""
+    return _against(runs, _accuracy_curve, "% of held-out tokens", accuracy_headline(runs))
+
+
+def _against(runs: Sequence[Judged], curve: Curve, y: str, title: str) -> Any:
     told = [run for run in runs if run.story.versions]
     drawn, axes = style.figure(6.8, 2, 2, sharey=True)
     for axis, (what, (of, units, words)) in zip(axes.flat, AGAINST.items(), strict=True):
         most = max((of(run.story.versions[-1]) for run in told), default=0.0)
         unit, size = style.scaled(most, units)
         for number, run in enumerate(told):
-            _curve(axis, run, partial(_scaled, of, size), number, len(runs))
+            curve(axis, run, partial(_scaled, of, size), number, len(runs))
         axis.set_xlim(left=0)
         axis.xaxis.get_major_locator().set_params(integer=not unit)
-        style.titled(axis, f"{style.worded(most, units)} {words}", f"{what}, {unit}" if unit else what, "loss")
+        style.titled(axis, f"{style.worded(most, units)} {words}", f"{what}, {unit}" if unit else what, y)
         if not told:
             axis.text(0.5, 0.5, "nothing was merged", transform=axis.transAxes, ha="center", color=style.FAINT)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     if 0 < len(labels) <= LEGEND and told:
         style.keyed(drawn, handles, labels, columns=3)
-    drawn.suptitle(headline(runs), fontsize=13, fontweight="bold", x=0.01, ha="left", color=style.INK)
+    drawn.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left", color=style.INK)
     return drawn
 
 
@@ -62,6 +72,13 @@ def _curve(axis: Any, run: Judged, at: Callable[[VersionRow], float], number: in
         axis.axhline(run.story.floor, color=style.FAINT, linestyle=":", linewidth=1.3, label="least that there is")
 
 
+def _accuracy_curve(axis: Any, run: Judged, at: Callable[[VersionRow], float], number: int, runs: int) -> None:
+    known = [(at(row), 100 * row.accuracy) for row in run.story.versions if row.accuracy is not None]
+    name = "held out by the devices" if runs == 1 else run.name
+    xs, ys = [x for x, _ in known], [y for _, y in known]
+    axis.plot(xs, ys, label=name, **style.line(number), **_marks(number, runs, len(known)))
+
+
 def _marks(number: int, runs: int, rows: int) -> dict[str, Any]:
     """Later curves are thinner than earlier ones, so that those which run together can all be seen."""
     thin = number / max(1, runs - 1) if runs > 1 else 0.5
@@ -80,10 +97,40 @@ def headline(runs: Sequence[Judged]) -> str:
             return f"All losses end at {best:.3g}"
         return f"Losses end at {best:.3g} to {worst:.3g}; lowest: {run.name}"
     first, last = run.story.versions[0], run.story.versions[-1]
+    again = [(before[0], after[0]) for before, after in run.story.twice]
+    if last.loss is None and again:
+        return f"Held-out loss {_means(again, '.4g')}"
     return (
         f"Loss {loss_of(first):.4g} → {best:.4g} in {len(run.story.versions)} rounds, "
         f"{style.worded(last.seconds, TIMES)} of virtual time"
     )
+
+
+def accuracy_headline(runs: Sequence[Judged]) -> str:
+    """What the accuracies say, in one line."""
+    known = [(found, run) for run in runs if (found := accuracies_of(run))]
+    if not known:
+        return "No accuracy: nobody measured one"
+    (best, run) = max(((found[-1], run) for found, run in known), key=lambda pair: pair[0])
+    if len(runs) > 1:
+        worst = min(found[-1] for found, _ in known)
+        return f"Accuracies end at {worst:.1%} to {best:.1%}; highest: {run.name}"
+    again = [(one[1], two[1]) for one, two in run.story.twice if one[1] is not None and two[1] is not None]
+    if again:
+        return f"Held-out accuracy {_means(again, '.1%')}"
+    first = accuracies_of(run)[0]
+    return f"{first:.1%} → {best:.1%} of held-out tokens are those that the model holds most likely"
+
+
+def _means(pairs: Sequence[tuple[float, float]], form: str) -> str:
+    """Of devices that were asked again: those of other rounds hold out other examples."""
+    before, after = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
+    return f"{before:{form}} → {after:{form}} on the {len(pairs)} devices that trained more than once"
+
+
+def accuracies_of(run: Judged) -> list[float]:
+    """The accuracy of each version that has one."""
+    return [row.accuracy for row in run.story.versions if row.accuracy is not None]
 
 
 def truncation(runs: Sequence[Judged]) -> Any:

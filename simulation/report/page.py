@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from html import escape
 from typing import Any
 
@@ -35,9 +35,11 @@ WORDS: Mapping[str, str] = {
     "run": "run", "cost": "of", "budget": "budget", "loss": "loss", "target": "target loss", "hours": "virtual hours",
     "mib": "MiB", "joules": "joules", "against": "beside", "crashes": "crashes", "dropouts": "drop-outs",
     "server_crashes": "server crashes", "loss_without": "loss beside", "hours_without": "hours beside",
-    "rounds": "rounds", "rounds_without": "rounds beside",
+    "rounds": "rounds", "rounds_without": "rounds beside", "accuracy": "accuracy",
 }  # fmt: skip
 
+MEASURED = {"accuracy"}
+"""Columns that a table has only where somebody measured them."""
 WHOLE = 1000.0
 """From here on numbers are written without a fraction."""
 
@@ -71,6 +73,7 @@ def facts(story: Story) -> Mapping[str, str]:
         "devices that planned": f"{len(story.devices):,}",
         "rounds merged": f"{len(story.versions)} of {story.asked}",
         "loss at the end": "—" if loss is None else f"{loss:.4g}",
+        **({} if last is None or last.accuracy is None else {"accuracy at the end": f"{last.accuracy:.1%}"}),
         "virtual time": style.worded(story.seconds, TIMES),
         "sent": style.worded(last.bytes_up, BYTES) if last else "—",
         "received": style.worded(last.bytes_down, BYTES) if last else "—",
@@ -108,10 +111,11 @@ def _picture(each: Picture) -> str:
 
 
 def _table(section: Section) -> str:
-    names = [entry.name for entry in fields(section.rows[0])]
+    known = {name for row in section.rows for name, value in vars(row).items() if value is not None}
+    names = [entry.name for entry in fields(section.rows[0]) if entry.name in known or entry.name not in MEASURED]
     head = "".join(f"<th>{escape(WORDS.get(name, name))}</th>" for name in names)
     rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(_cell(value, section.missing))}</td>" for value in astuple(row)) + "</tr>"
+        "<tr>" + "".join(f"<td>{escape(_cell(getattr(row, name), section.missing))}</td>" for name in names) + "</tr>"
         for row in section.rows
     )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
@@ -136,6 +140,7 @@ class Summary:
     hours: float
     mib: float
     joules: float
+    accuracy: float | None = None
 
 
 def summary(run: Judged) -> Summary:
@@ -143,6 +148,5 @@ def summary(run: Judged) -> Summary:
     story = run.story
     last = story.versions[-1] if story.versions else None
     moved = (last.bytes_up + last.bytes_down) / 2**20 if last else 0.0
-    return Summary(
-        run.name, len(story.versions), last_loss(story), story.seconds / 3600, moved, last.joules if last else 0.0
-    )
+    spent = (story.seconds / 3600, moved, last.joules if last else 0.0)
+    return Summary(run.name, len(story.versions), last_loss(story), *spent, last.accuracy if last else None)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from edge_runtime.errors import ConfigError
 from simulation.report.story import Story
 from simulation.tables import VersionRow
 from simulation.traces import HOUR
@@ -37,6 +38,51 @@ BREAKING = ("simulation.devices", "simulation.server_crashes_per_hour", ALONE)
 
 
 @dataclass(frozen=True)
+class Questions:
+    """What the protocols are asked.
+
+    Attributes:
+        targets: losses whose cost is asked for; some are chosen when empty.
+        budgets: name in `COSTS` → budgets in its unit; some are chosen of each when empty.
+    """
+
+    targets: Sequence[float] = ()
+    budgets: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+def questions(targets: Sequence[float], budgets: Sequence[str]) -> Questions:
+    """What a command line asks.
+
+    Args:
+        targets: losses.
+        budgets: each `hours=2`, `mib=500` or `joules=1e5`.
+
+    Raises:
+        ConfigError: one that is no number above 0, or a budget of something else.
+    """
+    for target in targets:
+        if not 0 < target < math.inf:
+            raise ConfigError(f"--target takes a loss above 0, such as 0.3; found {target}")
+    found: dict[str, list[float]] = {}
+    for text in budgets:
+        name, _, value = map(str.strip, text.partition("="))
+        amount = _positive(value)
+        if name not in COSTS or amount is None:
+            known = ", ".join(f"{cost}=NUMBER" for cost in COSTS)
+            raise ConfigError(f"--budget takes one of {known}, where the number is above 0; found {text!r}")
+        found.setdefault(name, []).append(amount)
+    return Questions(tuple(targets), {name: sorted(set(found[name])) for name in COSTS if name in found})
+
+
+def _positive(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 < value < math.inf else None
+
+
+@dataclass(frozen=True)
 class Judged:
     """A run, what it tries (key → value, empty for a single run), and what to call it in a legend or a table."""
 
@@ -60,12 +106,13 @@ def named(runs: Sequence[Chosen]) -> list[str]:
 
 @dataclass(frozen=True)
 class Quality:
-    """The loss of the last version that a run merged within a budget; None when it had none yet."""
+    """Loss and accuracy of the last version that a run merged within a budget; None when it had none yet."""
 
     run: str
     cost: str
     budget: float
     loss: float | None
+    accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -111,14 +158,15 @@ def quality(runs: Sequence[Judged], budgets: Mapping[str, Sequence[float]] | Non
 
     Args:
         runs: to be judged.
-        budgets: name in `COSTS` → budgets in its unit; shares of what the most frugal run spent when absent.
+        budgets: name in `COSTS` → budgets in its unit; shares of what the most frugal run spent when there are none.
     """
     found = []
     for name, of in COSTS.items():
-        for budget in _budgets(runs, of) if budgets is None else budgets.get(name, ()):
+        for budget in budgets.get(name, ()) if budgets else _budgets(runs, of):
             for run in runs:
                 within = [row for row in run.story.versions if of(row) <= budget]
-                found.append(Quality(run.name, name, budget, loss_of(within[-1]) if within else None))
+                reached = (loss_of(within[-1]), within[-1].accuracy) if within else (None, None)
+                found.append(Quality(run.name, name, budget, *reached))
     return found
 
 

@@ -12,6 +12,8 @@ from edge_runtime.errors import DataError
 from simulation.tables import VersionRow
 
 FAILURES = ("crash", "dropout", "server crash")
+Judgement = tuple[float, float | None]
+"""A device's loss on what it holds out, and accuracy where it is known."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,17 @@ class Arrival:
     age: int
 
 
+@dataclass(frozen=True, slots=True)
+class Own:
+    """A device's personal adapter beside the last global one: loss and accuracy of each on what it holds out."""
+
+    device: str
+    held_out: float
+    personal: float
+    accuracy: float | None
+    personal_accuracy: float | None
+
+
 @dataclass(frozen=True)
 class Story:
     """A run.
@@ -78,6 +91,10 @@ class Story:
         seconds: virtual time at the end.
         finished: whether all rounds were merged.
         why: in words; empty for a run that was interrupted.
+        own: a personal adapter of each device that made one.
+        joules: device → its share of the energy, of those that took any.
+        twice: of each device that trained more than once, loss and accuracy of what it received the first and the last
+            time: on the same held-out examples, where the mean of a round is over those that were asked.
     """
 
     base: str
@@ -93,6 +110,9 @@ class Story:
     seconds: float
     finished: bool
     why: str
+    own: Sequence[Own] = ()
+    joules: Mapping[str, float] = field(default_factory=dict)
+    twice: Sequence[tuple[Judgement, Judgement]] = ()
 
     @property
     def groups(self) -> Mapping[str, str]:
@@ -113,6 +133,9 @@ class _Heard:
     arrivals: list[Arrival] = field(default_factory=list)
     begun: dict[int, float] = field(default_factory=dict)
     failures: Counter[str] = field(default_factory=Counter)
+    own: dict[str, Own] = field(default_factory=dict)
+    joules: dict[str, float] = field(default_factory=dict)
+    judged: dict[str, list[Judgement]] = field(default_factory=dict)
 
 
 def _fleet(heard: _Heard, event: Mapping[str, Any]) -> None:
@@ -142,7 +165,25 @@ def _server(heard: _Heard, event: Mapping[str, Any]) -> None:
 
 
 def _version(heard: _Heard, event: Mapping[str, Any]) -> None:
-    heard.versions.append(VersionRow(**{entry.name: event[entry.name] for entry in fields(VersionRow)}))
+    # What an older package did not write is what the row has for it.
+    told_of = {entry.name: event[entry.name] for entry in fields(VersionRow) if entry.name in event}
+    heard.versions.append(VersionRow(**told_of))
+
+
+def _update(heard: _Heard, event: Mapping[str, Any]) -> None:
+    found = heard.judged.setdefault(event["device"], [])
+    # The first and the last are enough.
+    found[1:] = [(event["held_out"], event.get("accuracy"))]
+
+
+def _personal(heard: _Heard, event: Mapping[str, Any]) -> None:
+    heard.own[event["device"]] = Own(
+        event["device"], event["held_out"], event["personal"], event.get("accuracy"), event.get("personal_accuracy")
+    )
+
+
+def _spent(heard: _Heard, event: Mapping[str, Any]) -> None:
+    heard.joules[event["device"]] = event["joules"]
 
 
 def _failure(heard: _Heard, event: Mapping[str, Any]) -> None:
@@ -160,6 +201,9 @@ EVENTS: Mapping[str, Callable[[_Heard, Mapping[str, Any]], None]] = {
     "span": _span,
     "server": _server,
     "version": _version,
+    "update": _update,
+    "personal": _personal,
+    "spent": _spent,
     "end": _end,
     **dict.fromkeys(FAILURES, _failure),
 }
@@ -193,5 +237,6 @@ def told(lines: Iterable[str], source: str) -> Story:
     return Story(
         head["base"], head["method"], head["rounds"], head["floor"], tuple(heard.devices.values()),
         tuple(heard.versions), tuple(heard.bars), tuple(heard.arrivals), heard.begun, heard.failures, heard.seconds,
-        bool(heard.end.get("finished")), str(heard.end.get("why", "")),
+        bool(heard.end.get("finished")), str(heard.end.get("why", "")), tuple(heard.own.values()), heard.joules,
+        tuple((found[0], found[1]) for found in heard.judged.values() if len(found) > 1),
     )  # fmt: skip

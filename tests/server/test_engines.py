@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import signal
+import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -119,6 +122,45 @@ def test_tasks_are_taken_as_they_can_be_worked_on() -> None:
         ahead.append(len(taken) - done)
     assert len(taken) == 9
     assert max(ahead) == 2
+
+
+@pytest.fixture
+def apart() -> ModuleType:
+    """Ray, where this process is part of no cluster any more."""
+    ray: ModuleType = importlib.import_module("ray")
+    ray.shutdown()
+    return ray
+
+
+@needs_ray
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_cluster_where_nobody_listens_is_refused_before_ray_knocks_for_minutes(
+    scheme: str, apart: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(apart, "init", lambda **_: pytest.fail("Ray was asked"))
+    with socket.socket() as mine:
+        mine.bind(("127.0.0.1", 0))  # and never listens
+        address = f"{scheme}127.0.0.1:{mine.getsockname()[1]}"
+        with pytest.raises(
+            EngineError, match=rf"expected at {address} \(.*refused\); start it with `ray start --head`"
+        ):
+            engines.build(Server(engine="ray", ray_address=address), print)
+
+
+@needs_ray
+@pytest.mark.usefixtures("apart")
+@pytest.mark.parametrize("address", ["head", "head:99999", "ray://head", "ray://:10001"])
+def test_an_address_of_a_cluster_that_is_none_is_refused_with_the_forms_there_are(address: str) -> None:
+    with pytest.raises(EngineError, match=rf"expected at {address} .*(HOST:PORT|range 0-65535)"):
+        engines.build(Server(engine="ray", ray_address=address), print)
+
+
+@needs_ray
+@pytest.mark.usefixtures("apart")
+def test_no_cluster_of_this_machine_is_one_that_auto_could_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(EngineError, match=r"expected at auto .*start it with `ray start --head`"):
+        engines.build(Server(engine="ray", ray_address="auto"), print)
 
 
 def test_without_any_worker_the_server_merges_by_itself() -> None:

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,17 @@ from simulation import engines
 from simulation.engines.pool import Processes
 from simulation.engines.spread import Lost, Spread
 from simulation.work import Done, Recipe, Task
-from tests.simulation.fleets import events, run, world
+from tests.simulation.fleets import asked, events, run, world
+
+
+def killed_once(flag: Path, recipe: Recipe, task: Task) -> Done:
+    """What a worker of Ray does, but the first one that has pi-1 is killed, as by a kernel that wants its memory."""
+    from simulation.engines import cluster  # noqa: PLC0415  Ray belongs to an extra
+
+    if task.name == "pi-1" and not flag.exists():
+        flag.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return cluster._do(recipe, task)
 
 
 class Some:
@@ -135,6 +148,66 @@ def test_ray_gives_the_same_bytes(tmp_path: Path) -> None:
     found = run(tmp_path / "ray", "simulation.engine=ray", "simulation.workers=2")
     assert found.adapter == inline.adapter
     assert events(tmp_path / "ray") == events(tmp_path / "inline")
+
+
+@pytest.mark.slow
+def test_a_killed_worker_of_ray_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    from simulation.engines import cluster  # noqa: PLC0415  Ray belongs to an extra
+
+    inline = run(tmp_path / "inline")
+    said: list[str] = []
+    flag = tmp_path / "killed"
+    monkeypatch.setattr(cluster, "_do", lambda recipe, task: killed_once(flag, recipe, task))
+    several = world(tmp_path / "ray", "simulation.engine=ray", "simulation.workers=2")
+    several._journal._engine._say = said.append  # type: ignore[attr-defined]
+    found = several.run()
+    assert flag.exists()
+    assert any("the rounds of pi-1 are computed again" in text for text in said)
+    assert found.adapter == inline.adapter
+    assert events(tmp_path / "ray") == events(tmp_path / "inline")
+
+
+@pytest.mark.slow
+def test_a_ray_job_computes_on_the_cluster_that_it_is_a_job_of(tmp_path: Path) -> None:
+    """A job's entry point is a process of its own, to which Ray tells the address of its cluster."""
+    ray = pytest.importorskip("ray")
+    run(tmp_path / "inline")
+    (tmp_path / "fleet.toml").write_text("")
+    chosen = asked("simulation.engine=ray", "simulation.ray_address=auto")
+    words = [sys.executable, "-m", "edge_runtime.cli", "simulate", "fleet.toml", "--out", "job", "--no-draw", "--json"]
+    words += [word for each in chosen for word in ("--set", each)]
+    ray.shutdown()
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        told = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        done = subprocess.run(words, cwd=tmp_path, env=told, capture_output=True, text=True, check=False)
+    finally:
+        ray.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert events(tmp_path / "job") == events(tmp_path / "inline")
+
+
+def test_what_ray_has_ready_is_the_handle_that_was_given_even_if_it_comes_as_another_object(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = pytest.importorskip("ray")
+    from simulation.engines import cluster  # noqa: PLC0415  Ray belongs to an extra
+
+    handles = [frozenset({name}) for name in "ab"]
+    monkeypatch.setattr(ray, "wait", lambda known, num_returns: ([frozenset(set(known[num_returns]))], known))
+    found = object.__new__(cluster.OnRay).wait(iter(handles))
+    assert found is handles[1]
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_cluster_of_ray_that_nobody_is_at_ends_the_run_with_what_to_do(tmp_path: Path, scheme: str) -> None:
+    pytest.importorskip("ray").shutdown()
+    with socket.socket() as mine:
+        mine.bind(("127.0.0.1", 0))  # and never listens
+        address = f"{scheme}127.0.0.1:{mine.getsockname()[1]}"
+        with pytest.raises(EngineError, match=f"cluster was expected at {address} .*another simulation.engine"):
+            run(tmp_path, "simulation.engine=ray", f"simulation.ray_address={address}")
 
 
 def test_without_ray_its_engine_names_the_extra(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from simulation import people, running
+from simulation.report import protocols
 
 FLEETS = sorted((Path(__file__).parents[2] / "examples" / "simulation").glob("*.toml"))
 
@@ -19,8 +20,11 @@ def test_the_command_in_a_file_plans_its_runs(path: Path, tmp_path: Path) -> Non
     assert found is not None
     _, _, file, *options = shlex.split(found[1])
     assert Path(file).name == path.name
-    runs = running.planned(path, [], options[1::2], tmp_path)
-    assert set(options[::2]) <= {"--sweep"}
-    assert len(runs) == (4 if "rank" in path.stem else 2 if options else 1)
+    asked = list(zip(options[::2], options[1::2], strict=True))
+    protocols.questions([float(value) for name, value in asked if name == "--target"], [])
+    sweep = [value for name, value in asked if name == "--sweep"]
+    runs = running.planned(path, [], sweep, tmp_path)
+    assert {name for name, _ in asked} <= {"--sweep", "--target"}
+    assert len(runs) == (4 if "rank" in path.stem else 2 if sweep else 1)
     for run in runs:
         people.check(run.config, run.simulation)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from edge_runtime.errors import ConfigError, DataError
-from tests.simulation.fleets import events, run
+from simulation.settings import files_of, load
+from tests.simulation.fleets import asked, events, run
 
 pytest.importorskip("torch")
 
@@ -34,6 +35,10 @@ def settings(base: Path, data: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def settings_of(base: Path, data: Path) -> list[Path]:
+    return files_of(load(None, asked(*settings(base, data)))[1])
+
+
 def test_a_fleet_really_learns_and_devices_of_other_ranks_share_its_model(
     tmp_path: Path, tiny_base: Path, data: Path
 ) -> None:
@@ -46,6 +51,43 @@ def test_a_fleet_really_learns_and_devices_of_other_ranks_share_its_model(
     assert losses[-1] < losses[0]
     assert all(row.loss is None for row in found.versions)
     assert all(row.personal is not None for row in found.devices)
+
+
+def test_it_is_known_how_many_tokens_of_what_devices_hold_out_the_model_would_say(
+    tmp_path: Path, tiny_base: Path, data: Path
+) -> None:
+    found = run(tmp_path, *settings(tiny_base, data), "rounds.num_rounds=3", "simulation.finish=true")
+    lines = [json.loads(line) for line in events(tmp_path).splitlines()]
+    for row in found.versions:
+        # Of those that trained from the version before.
+        shares = [
+            line["accuracy"] for line in lines if line["event"] == "update" and line["version"] == row.version - 1
+        ]
+        assert row.accuracy == pytest.approx(sum(shares) / len(shares))
+    assert found.versions[-1].accuracy is not None
+    assert found.versions[-1].accuracy > (found.versions[0].accuracy or 0.0), "'number' is easy to learn"
+    told = {line["device"]: line for line in lines if line["event"] == "personal"}
+    assert [(row.accuracy, row.personal_accuracy) for row in found.devices] == [
+        (told[row.device]["accuracy"], told[row.device]["personal_accuracy"]) for row in found.devices
+    ]
+    assert all(0 < (row.personal_accuracy or 0) <= 1 for row in found.devices)
+
+
+def test_it_is_told_who_has_which_classes(tmp_path: Path, tiny_base: Path, data: Path) -> None:
+    run(tmp_path, *settings(tiny_base, data), "rounds.num_rounds=1", "simulation.partition.kind=natural")
+    lines = [json.loads(line) for line in events(tmp_path).splitlines()]
+    told = {line["device"]: line["data"] for line in lines if line["event"] == "device"}
+    assert [sum(count > 0 for count in counts) for counts in told.values()] == [1, 1, 1]
+    assert all(len(counts) == len(WORDS) for counts in told.values())
+
+
+def test_data_may_be_named_by_a_pattern(tmp_path: Path, tiny_base: Path, data: Path) -> None:
+    (data.parent / "more.jsonl").write_text(json.dumps({"text": "number 80", "label": "white"}))
+    files = settings_of(tiny_base, data.parent / "*.jsonl")
+    assert files == [data, data.parent / "more.jsonl"]
+    with pytest.raises(ConfigError, match=r"simulation\.data: no file is called .*\*\.txt"):
+        settings_of(tiny_base, data.parent / "*.txt")
+    (data.parent / "more.jsonl").unlink()
 
 
 @pytest.mark.slow

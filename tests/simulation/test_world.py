@@ -104,7 +104,7 @@ def test_an_impossible_fleet_is_refused_and_its_devices_are_named(tmp_path: Path
         ' {device = "raspberry-pi-4", name = "tiny", memory_limit = 50000000}]'
     )
     with pytest.raises(
-        PlanError, match=r"impossible.*'small' \(7 x jetson-nano\).*'tiny' \(1 x raspberry-pi-4\)"
+        PlanError, match=r"(?s)impossible.*'small' \(7 x jetson-nano\).*'tiny' \(1 x raspberry-pi-4\)"
     ) as found:
         world(tmp_path, "simulation.base=Qwen2.5-7B", devices=devices.replace("raspberry-pi-5", "desktop-gpu"))
     assert "'good'" not in str(found.value)

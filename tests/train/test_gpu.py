@@ -16,7 +16,7 @@ pytest.importorskip("bitsandbytes")
 
 from torch.nn import functional  # noqa: E402 - after the check that torch is there
 
-from edge_runtime.train import loop, loss  # noqa: E402 - as above
+from edge_runtime.train import evaluating, loop, loss  # noqa: E402 - as above
 from edge_runtime.train.attention import packed_attention  # noqa: E402 - as above
 from edge_runtime.train.base import load, prepare  # noqa: E402 - as above
 from edge_runtime.train.families import get  # noqa: E402 - as above
@@ -81,7 +81,9 @@ def test_a_step_has_the_loss_and_the_gradient_that_the_cpu_finds(
     there, here = (live_on(where, tiny_base, cache, precision, compute) for where in (device, "cpu"))
     found, expected = gradients_of(there), gradients_of(here)
 
-    assert loop.evaluate(there, EXAMPLES).loss == pytest.approx(loop.evaluate(here, EXAMPLES).loss, rel=relative)
+    assert evaluating.evaluate(there, EXAMPLES).loss == pytest.approx(
+        evaluating.evaluate(here, EXAMPLES).loss, rel=relative
+    )
     for name, exact in expected.items():
         assert torch.cosine_similarity(found[name].flatten(), exact.flatten(), dim=0) > cosine, name
 
@@ -96,7 +98,7 @@ def test_training_after_an_evaluation_is_training_without_one(
     for evaluated in (False, True):
         live = live_on(device, tiny_base, cache, precision, compute)
         if evaluated:
-            loop.evaluate(live, EXAMPLES)
+            evaluating.evaluate(live, EXAMPLES)
         reports = loop.train_round(live, EXAMPLES, TASK).state.reports
         assert all(report.gradient_norm > 0 for report in reports)
         losses.append([report.loss for report in reports])

@@ -22,6 +22,7 @@ from edge_runtime.errors import DataError, RoundError  # noqa: E402 - after the 
 from edge_runtime.lora.algebra import take  # noqa: E402 - as above
 from edge_runtime.schedule import SCHEDULES  # noqa: E402 - as above
 from edge_runtime.train.data import IGNORED, Tokenised  # noqa: E402 - as above
+from edge_runtime.train.evaluating import evaluate  # noqa: E402 - as above
 from edge_runtime.train.live import (  # noqa: E402 - as above
     LiveModel,
     attach,
@@ -33,7 +34,6 @@ from edge_runtime.train.live import (  # noqa: E402 - as above
 from edge_runtime.train.loop import (  # noqa: E402 - as above
     LocalTask,
     TrainResult,
-    evaluate,
     learning_rate_at,
     train_round,
 )

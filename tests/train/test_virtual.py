@@ -12,9 +12,10 @@ pytest.importorskip("transformers")
 from edge_runtime.lora.adapter import Adapter  # noqa: E402 - after the check that torch is there
 from edge_runtime.lora.dense import as_pair  # noqa: E402 - as above
 from edge_runtime.train import families  # noqa: E402 - as above
+from edge_runtime.train.evaluating import evaluate  # noqa: E402 - as above
 from edge_runtime.train.generate import generate  # noqa: E402 - as above
 from edge_runtime.train.live import LiveModel  # noqa: E402 - as above
-from edge_runtime.train.loop import LocalTask, evaluate, train_round  # noqa: E402 - as above
+from edge_runtime.train.loop import LocalTask, train_round  # noqa: E402 - as above
 from tests.train import tiny  # noqa: E402 - as above
 from tests.train.fleet_families import card_of, slot_of  # noqa: E402 - as above
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from simulation.report import curves, people, style, timeline
+from simulation.report import curves, effort, people, style, timeline
 from simulation.report.protocols import Judged
 from simulation.report.story import told
 from tests.simulation.report import logs
@@ -41,6 +41,61 @@ def test_truncation_is_drawn_in_percent() -> None:
     figure = curves.truncation([Judged({}, logs.story(), "run")])
     np.testing.assert_allclose(figure.axes[0].lines[0].get_xydata(), [[1, 1], [2, 2], [3, 3]])
     assert titles(figure) == ["Truncation lost at most 3 % of a merged change"]
+
+
+def real(*accuracies: float | None) -> Judged:
+    versions = [{**logs.version(at, None), "accuracy": share} for at, share in enumerate(accuracies, 1)]
+    return Judged({}, told(map(json.dumps, [logs.fleet(), *versions]), "a log"), "real")
+
+
+def test_accuracy_is_drawn_in_percent_where_there_is_one() -> None:
+    figure = curves.accuracies([real(None, 0.25, 0.5)])
+    assert [axis.lines[0].get_xydata().tolist() for axis in figure.axes[:2]] == [[[2, 25], [3, 50]]] * 2
+    assert figure.get_suptitle() == "25.0% → 50.0% of held-out tokens are those that the model holds most likely"
+    both = [real(0.25), Judged({}, real(0.75).story, "better")]
+    assert curves.accuracy_headline(both) == "Accuracies end at 25.0% to 75.0%; highest: better"
+    assert curves.accuracies_of(Judged({}, logs.story(), "surrogate")) == []
+
+
+def test_devices_that_trained_again_say_what_was_learnt_where_rounds_ask_others() -> None:
+    def update(device: str, loss: float, accuracy: float | None) -> dict[str, Any]:
+        return {"t": 1.0, "event": "update", "device": device, "held_out": loss, "accuracy": accuracy}
+
+    updates = [update("pi-0", 4.0, 0.2), update("once", 1.0, 0.9), update("pi-0", 9.0, 0.9), update("pi-1", 2.0, 0.4)]
+    updates += [update("pi-0", 3.0, 0.3), update("pi-1", 1.0, 0.5)]
+    lines = [logs.fleet(), *updates, {**logs.version(1, None), "accuracy": 0.5}]
+    run = Judged({}, told(map(json.dumps, lines), "a log"), "real")
+    assert curves.headline([run]) == "Held-out loss 3 → 2 on the 2 devices that trained more than once"
+    assert curves.accuracy_headline([run]) == (
+        "Held-out accuracy 30.0% → 40.0% on the 2 devices that trained more than once"
+    )
+
+
+def test_what_a_round_took_is_told_by_kind() -> None:
+    spent = [{"t": 1.0, "event": "spent", "device": name, "joules": 60.0} for name in ("pi-0", "nano-0")]
+    story = told([*logs.log().splitlines(), *map(json.dumps, spent)], "a log")
+    assert effort.efforts(story) == [
+        effort.Effort("pi", (900.0,) * 3, 60.0, 3), effort.Effort("nano", (2700.0,) * 3, 60.0, 3),
+    ]  # fmt: skip
+    figure = effort.effort(story)
+    assert titles(figure) == ["Slowest: nano, 45 min a round", "Energy: 120 J in all"]
+    assert [text.get_text() for text in figure.axes[1].texts] == ["20 J an update"] * 2
+
+
+def test_personal_adapters_are_drawn_beside_the_global_one() -> None:
+    facts = {"t": 9.0, "event": "personal", "held_out": 0.5}
+    own = [
+        {**facts, "device": "pi-0", "personal": 0.4, "accuracy": 0.5, "personal_accuracy": 0.7},
+        {**facts, "device": "nano-0", "personal": 0.6, "accuracy": 0.3, "personal_accuracy": 0.3},
+    ]
+    story = told([*logs.log().splitlines(), *map(json.dumps, own)], "a log")
+    figure = effort.personal(story)
+    assert titles(figure) == ["Own adapters: lower loss on 1 of 2 devices", "Mean accuracy: 40 → 50 %"]
+    assert [axis.get_offsets().tolist() for axis in figure.axes[0].collections] == [[[0.5, 0.4]], [[0.5, 0.6]]]
+    assert [bar.get_width() for bar in figure.axes[1].patches] == pytest.approx([50, 30, 70, 30])
+    without = [{key: value for key, value in each.items() if "accuracy" not in key} for each in own]
+    surrogate = told([*logs.log().splitlines(), *map(json.dumps, without)], "a log")
+    assert titles(effort.personal(surrogate))[1] == "Mean loss: 0.5 → 0.5"
 
 
 def test_no_two_of_28_lines_look_alike() -> None:
@@ -107,7 +162,10 @@ def test_a_partition_is_drawn_class_by_device_and_summed_up_for_many() -> None:
     ]
 
 
-@pytest.mark.parametrize("draw", [timeline.gantt, timeline.spent, timeline.stragglers, people.plans, people.partition])
+@pytest.mark.parametrize(
+    "draw",
+    [timeline.gantt, timeline.spent, timeline.stragglers, people.plans, people.partition, effort.effort],
+)
 def test_a_fleet_that_never_began_can_be_drawn(draw: Any) -> None:
     figure = draw(told([json.dumps(logs.fleet())], "a log"))
     assert figure.axes

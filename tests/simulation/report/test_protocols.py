@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_runtime.errors import ConfigError
 from simulation.report import protocols
 from simulation.report.protocols import Chosen, Judged
+from simulation.report.story import told
 from tests.simulation.report import logs
 
 
@@ -30,6 +33,34 @@ def test_budgets_are_shares_of_what_the_most_frugal_run_spent() -> None:
     rows = protocols.quality([run("long"), run("short", (0.7, 0.6))])
     assert sorted({row.budget for row in rows if row.cost == "hours"}) == [0.5, 1.0, 2.0]
     assert [row.loss for row in rows if row.cost == "hours" and row.budget == 2.0] == [0.5, 0.6]
+
+
+def test_budgets_that_are_named_are_the_only_ones() -> None:
+    asked = protocols.questions([], ["hours=2.5", "joules = 1e5", "hours=0.9", "hours=2.5"])
+    assert asked.budgets == {"hours": [0.9, 2.5], "joules": [1e5]}
+    rows = protocols.quality([run("a")], asked.budgets)
+    assert [(row.cost, row.budget) for row in rows] == [("hours", 0.9), ("hours", 2.5), ("joules", 1e5)]
+
+
+@pytest.mark.parametrize(
+    "budget", ["hours", "hours=", "hours=two", "hours=-1", "mib=0", "joules=nan", "joules=inf", "watts=3"]
+)
+def test_a_budget_that_is_none_is_refused_with_what_is_expected(budget: str) -> None:
+    with pytest.raises(ConfigError, match=rf"hours=NUMBER, mib=NUMBER, joules=NUMBER.*found '{budget}'"):
+        protocols.questions([], [budget])
+
+
+@pytest.mark.parametrize("target", [0.0, -0.3, float("nan"), float("inf")])
+def test_a_target_that_no_loss_can_be_is_refused(target: float) -> None:
+    with pytest.raises(ConfigError, match="--target takes a loss above 0"):
+        protocols.questions([target], [])
+
+
+def test_quality_has_the_accuracy_where_it_is_known() -> None:
+    lines = [{**logs.version(number, None), "accuracy": number / 10} for number in (1, 2)]
+    story = told(map(json.dumps, [logs.fleet(), *lines]), "a log")
+    rows = protocols.quality([Judged({}, story, "real")], {"hours": [0.5, 1.5]})
+    assert [row.accuracy for row in rows] == [None, 0.1]
 
 
 def test_a_cost_is_what_was_spent_when_the_target_was_reached_or_never() -> None:

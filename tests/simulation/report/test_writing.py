@@ -15,7 +15,7 @@ from edge_runtime.cli import simulate
 from edge_runtime.errors import DataError, MissingExtraError
 from simulation.report import page, writing
 from simulation.report.page import Picture, Section
-from simulation.report.protocols import Cost
+from simulation.report.protocols import Cost, Questions
 from tests.simulation.fleets import asked
 from tests.simulation.report import logs
 
@@ -72,21 +72,21 @@ def test_a_page_is_well_formed_and_says_what_is_given_even_if_it_looks_like_mark
 
 def test_a_run_has_its_tables_its_pictures_and_one_page(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    written = writing.of_folder(logs.write(tmp_path), [0.5])
+    written = writing.of_folder(logs.write(tmp_path), Questions([0.5]))
     assert written.drawn
     assert {path.name for path in tmp_path.iterdir()} == {
         "events.jsonl", "report.json", "report.html", "figures", "quality_under_budget.csv", "cost_to_target.csv",
     }  # fmt: skip
     figures = sorted((tmp_path / "figures").iterdir())
     assert [path.stem for path in figures] == [
-        "loss", "partition", "plans", "stragglers", "time", "timeline", "truncation"
+        "effort", "loss", "partition", "plans", "stragglers", "time", "timeline", "truncation"
     ]  # fmt: skip
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in figures)
     assert checked((tmp_path / "report.html").read_text(encoding="utf-8")).images == len(figures)
     told = json.loads((tmp_path / "report.json").read_text())
     assert told["cost_to_target"] == [{"run": "run", "target": 0.5, "hours": 2.0, "mib": 6.0, "joules": 200.0}]
     before = {path: path.read_bytes() for path in written.files}
-    writing.of_folder(tmp_path, [0.5])
+    writing.of_folder(tmp_path, Questions([0.5]))
     assert {path: path.read_bytes() for path in written.files} == before
 
 
@@ -113,7 +113,7 @@ def test_without_matplotlib_the_tables_are_written_and_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     logs.write(tmp_path)
     with pytest.raises(MissingExtraError, match=r"edge-runtime\[simulate\]"):
-        simulate.report(tmp_path, [], json=False)
+        simulate.report(tmp_path, Questions(), json=False)
     assert (tmp_path / "cost_to_target.csv").exists()
     assert not (tmp_path / "report.html").exists()
     file = tmp_path / "fleet.toml"
@@ -136,7 +136,7 @@ def test_a_swept_fleet_shows_what_crashes_cost(tmp_path: Path) -> None:
     assert (row["run"], row["against"]) == ("devices=no. 2", "devices=no. 1")
     assert row["crashes"] > 0
     assert row["hours"] > row["hours_without"]
-    assert simulate.report(out, [], json=True) == 0
+    assert simulate.report(out, Questions(), json=True) == 0
 
 
 def test_a_sweep_reports_itself_and_is_reported_again_from_its_files(tmp_path: Path) -> None:
@@ -146,5 +146,5 @@ def test_a_sweep_reports_itself_and_is_reported_again_from_its_files(tmp_path: P
     assert simulate.run(file, ["aggregator.method=svd,zero_pad"], out, asked(), json=True, drawn=True) == 0
     first = (out / "report.json").read_bytes()
     assert [each["run"] for each in json.loads(first)["runs"]] == ["method=svd", "method=zero_pad"]
-    assert simulate.report(out, [], json=True) == 0
+    assert simulate.report(out, Questions(), json=True) == 0
     assert (out / "report.json").read_bytes() == first
