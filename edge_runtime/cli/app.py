@@ -217,6 +217,9 @@ def simulate(
     ] = None,
     target: Annotated[list[float] | None, typer.Option(help="A loss whose cost the report tells; repeatable.")] = None,
     draw: Annotated[bool, typer.Option(help="Write report.html and figures at the end.")] = True,
+    deal: Annotated[
+        Path | None, typer.Option(help="Folder for each device's data and configuration: run it for real.")
+    ] = None,
     overrides: Overrides = None,
     json: Json = False,
 ) -> int:
@@ -229,6 +232,10 @@ def simulate(
     if file is None or report is not None:
         found = "neither" if file is None else "both"
         raise ConfigError(f"simulate takes FLEET_TOML, or --report FOLDER of runs that have ended; found {found}")
+    if deal is not None:
+        if sweep:
+            raise ConfigError("--deal hands out one fleet, and --sweep has several; choose with --set instead")
+        return verb.deal(file, deal, overrides or [], json=json)
     return verb.run(file, sweep or [], out, overrides or [], json=json, drawn=draw, targets=target or [])
 
 

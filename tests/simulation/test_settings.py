@@ -44,6 +44,12 @@ def test_one_file_is_that_of_a_real_fleet_and_of_a_simulation(tmp_path: Path) ->
         ("simulation.sed=1", "unknown key 'sed'; expected one of: base"),
         ("simulation.partition={kid=1}", r"simulation\.partition\.kid: unknown key.*alpha, kind"),
         ('simulation.devices=[{device="raspberry-pi-5", cout=1}]', "unknown key 'cout'.*count"),
+        (
+            'simulation.devices=[{device="jetson-nano", owner={rankk=1}}]',
+            r"devices\.0\.owner: unknown key of \[device\] for a group 'rankk'.*expected one of:.*rank",
+        ),
+        ('simulation.devices=[{device="jetson-nano", owner={data="x"}}]', "for a group 'data'"),
+        ('simulation.devices=[{device="jetson-nano", owner={rank=0}}]', r"owner\.rank: input should be greater"),
         ("simulation.devices=[]", "simulation.devices: tuple should have at least 1 item"),
         ('simulation.devices=[{device="jetson-nano"}, {device="jetson-nano"}]', "two groups of devices are called"),
         ('simulation.devices=[{device="jetson-nano", site="x"}]', "unknown site 'x'"),
