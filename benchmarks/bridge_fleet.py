@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.config import load
 from edge_runtime.lora.adapter import Adapter
 from edge_runtime.wire.broker import start
 from server.aggregators.beside import published
@@ -46,25 +44,30 @@ class Ran:
         versions: digests of the global adapter, from version 0 on.
         last: the last global adapter.
         plans: device → its plan in words.
-        wall: seconds that the run took.
     """
 
     rounds: list[Round]
     versions: list[str]
     last: Adapter
     plans: dict[str, str]
-    wall: float
 
 
-def command(folder: Path, *arguments: str, core: int | None = None) -> subprocess.Popen[bytes]:
-    """Start a verb of the product with one thread, on a core of its own where a number is given; see its log there."""
+def command(folder: Path, *arguments: str, core: int | None = None, out: int | None = None) -> subprocess.Popen[bytes]:
+    """Start a verb of the product with one thread, on a core of its own where a number is given.
+
+    Args:
+        folder: where it runs, and where its log goes.
+        arguments: of the product.
+        core: its number, modulo all.
+        out: where its standard output goes; the log when absent.
+    """
     with _on(core), (folder / f"{arguments[0]}.log").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "edge_runtime.cli", *arguments],
             cwd=folder,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=log if out is None else out,
             stderr=log,
         )
 
@@ -89,7 +92,7 @@ def said(folder: Path, *arguments: str, core: int | None = None) -> str:
     Raises:
         RuntimeError: it ended badly; with the end of its log.
     """
-    running = command(folder, *arguments, core=core)
+    running = command(folder, *arguments, core=core, out=subprocess.PIPE)
     out, _ = running.communicate()
     _well(running, folder / f"{arguments[0]}.log")
     return out.decode()
@@ -114,7 +117,6 @@ def really(file: Path, folder: Path) -> Ran:
     """Deal the simulated devices' data, and run server and clients to their end, each client on a core of its own."""
     folder.mkdir()
     dealt = [json.loads(line) for line in said(folder, "simulate", str(file), "--deal", "dealt", "--json").splitlines()]
-    began = time.monotonic()
     running = {"server": command(folder, "server", "--config", str(file), "--store", "server")}
     try:
         for core, each in enumerate(dealt):
@@ -126,23 +128,20 @@ def really(file: Path, folder: Path) -> Ran:
             if process.poll() is None:
                 process.kill()
             process.wait()
-    wall = time.monotonic() - began
     events = _lines(folder / "server" / "metrics.jsonl")
     return Ran(
         _real_rounds(events), *_adapters(folder / "server"),
-        {event["client"]: event["detail"] for event in events if event.get("state") == "planned"}, wall,
+        {event["client"]: event["detail"] for event in events if event.get("state") == "planned"},
     )  # fmt: skip
 
 
 def simulated(file: Path, folder: Path) -> Ran:
     """The same in virtual time."""
     folder.mkdir()
-    began = time.monotonic()
     said(folder, "simulate", str(file), "--out", ".", "--no-draw", "--json", core=0)
-    wall = time.monotonic() - began
     events = _lines(folder / "events.jsonl")
     plans = {event["device"]: event["plan"] for event in events if event["event"] == "device"}
-    return Ran(_virtual_rounds(events), *_adapters(folder / "server"), plans, wall)
+    return Ran(_virtual_rounds(events), *_adapters(folder / "server"), plans)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -171,7 +170,9 @@ def _real_rounds(events: Sequence[dict[str, Any]]) -> list[Round]:
         working = {event["client"]: when for event, when in reversed(told) if event.get("state") == "evaluating"}
         offering = {event["client"]: when for event, when in reversed(told) if event.get("state") == "offering"}
         begin = merged.get(number - 1, min(fetching.values()))
-        rounds.append(Round(merged[number] - begin, {name: offering[name] - working[name] for name in sorted(offering)}))
+        rounds.append(
+            Round(merged[number] - begin, {name: offering[name] - working[name] for name in sorted(offering)})
+        )
     return rounds
 
 
@@ -186,9 +187,3 @@ def _virtual_rounds(events: Sequence[dict[str, Any]]) -> list[Round]:
                 devices[event["device"]] = devices.get(event["device"], 0.0) + event["to"] - event["from"]
         rounds.append(Round(merged[number] - min(asked), dict(sorted(devices.items()))))
     return rounds
-
-
-def fleet_of(file: Path) -> tuple[str, int]:
-    """The name of a file's fleet, and how many rounds it has."""
-    config = load(file)
-    return config.fleet.name, config.rounds.num_rounds

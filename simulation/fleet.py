@@ -22,6 +22,7 @@ from profiles.device import DeviceProfile
 from profiles.machine import with_reserve
 from profiles.memory import LEAST_8BIT
 from profiles.plan import Plan
+from profiles.speed import seconds_per_step
 from simulation.links import Quality, quality
 from simulation.settings import Devices, Simulation, name_of
 from simulation.surrogate import Problem
@@ -77,6 +78,7 @@ class Planned:
         evaluate_seconds: of an evaluation on what is held out.
         up_scale: bytes that an update of the base model has, for each byte of the one that is sent.
         down_scale: the same of a band.
+        round_bytes: that a round may move, of those that are sent; None for as much as there is.
     """
 
     plan: Plan
@@ -86,6 +88,7 @@ class Planned:
     evaluate_seconds: float
     up_scale: float = 1.0
     down_scale: float = 1.0
+    round_bytes: int | None = None
 
 
 def device_of(device: Device, settings: Devices) -> Device:
@@ -157,7 +160,7 @@ class Planning:
 
     def __init__(self, config: Config, simulation: Simulation, card: ModelCard, problem: Problem | None) -> None:
         self._config, self._card, self._problem = config, card, problem
-        self._base = base_of(config, simulation)
+        self._base, self._length = base_of(config, simulation), simulation.example_tokens
         self._known: dict[tuple[object, ...], Planned] = {}
 
     def plan(self, group: Group, spec: AdapterSpec, training: Training) -> Planned:
@@ -203,26 +206,43 @@ class Planning:
                 f"the file of '{group.settings.device}' lacks the rates that a prediction of time needs; "
                 "expected those of a device of the catalogue"
             )
+        seconds *= self._shorter(group, chosen, spec)
         device = self._config.device
         evaluation = FORWARD * seconds * device.eval_examples / training.batch_size
         # Reasons are for people at a device; here they would travel with every round to a worker.
         chosen = replace(chosen, reasons={}, next_better={})
+        most = group.owner.round_bytes
         if problem is None:
             slot = shared(slot_of(chosen, card, spec), spec)
-            key = _key(chosen, slot)
-            return Planned(chosen, key, self._introduction(group, chosen, spec, slot), seconds, evaluation)
+            intro = self._introduction(group, chosen, spec, slot)
+            return Planned(chosen, _key(chosen, slot), intro, seconds, evaluation, round_bytes=most)
         rank = chosen.rank - spec.own
         held = chosen.held if spec.hold_more else rank
         slot = problem.slot(rank, held + spec.beside, chosen.layers_trained / card.num_layers)
+        up = _ratio(card, chosen, chosen.trained_modules, chosen.layers_trained, _trained(slot))
         return Planned(
             chosen,
             _key(chosen, slot),
             self._introduction(group, chosen, spec, slot),
             seconds,
             evaluation,
-            _ratio(card, chosen, chosen.trained_modules, chosen.layers_trained, _trained(slot)),
+            up,
             _ratio(card, chosen, spec.target_modules, card.num_layers, 2 * problem.settings.width * len(slot.layers)),
+            None if most is None else int(most / up),
         )
+
+    def _shorter(self, group: Group, chosen: Plan, spec: AdapterSpec) -> float:
+        """What a step takes with examples of the length that they have, over what it takes with the longest ones."""
+        length = self._length
+        if length is None or length >= chosen.max_length:
+            return 1.0
+        whole = replace(chosen.setting(spec.target_modules), regained=spec.regained)
+        # As many passes: a pack that holds the longest examples seldom holds one more of these.
+        took, takes = (
+            seconds_per_step(group.profile, self._card, setting, chosen.gradient_accumulation_steps)
+            for setting in (whole, replace(whole, max_length=length))
+        )
+        return takes / took
 
     def _introduction(self, group: Group, chosen: Plan, spec: AdapterSpec, slot: Slot) -> Introduction:
         return Introduction(

@@ -99,9 +99,11 @@ class RealTrainers:
         return SharedTrainer(task, loaded, slot, self._tokens_of(task, loaded.base))
 
     def _loaded(self, plan: Plan, regained: int) -> Loaded:
-        precision = self._simulation.precision or plan.precision
-        compute = COMPUTE.get(precision, plan.compute_dtype)
-        products = compute if precision in COMPUTE else plan.product_dtype
+        precision, compute, products = plan.precision, plan.compute_dtype, plan.product_dtype
+        if self._simulation.precision is not None:
+            precision = self._simulation.precision
+            compute = COMPUTE.get(precision, compute)
+            products = compute if precision in COMPUTE else products
         beside = regained_at(precision, regained)
         key = (precision, compute, products, beside)
         if key not in self._bases:

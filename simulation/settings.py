@@ -155,6 +155,8 @@ class Simulation(Section):
     """Surrogate: classes of examples."""
     examples: Positive = 100
     """Surrogate: examples of a device with a data_share of 1, on average."""
+    example_tokens: Positive | None = None
+    """Tokens of an example, on average: what steps take goes by it; those of the plan's longest ones when absent."""
     partition: Partition = Partition()
     surrogate: Surrogate = Surrogate()
     sites: Mapping[str, Site] = {}

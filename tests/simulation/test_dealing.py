@@ -27,7 +27,7 @@ from simulation.settings import Simulation
 from tests.simulation.fleets import asked, run
 
 DEVICES = (
-    '[{device = "raspberry-pi-5", name = "pi", count = 2, owner = {rank = 2, held = 4, round_bytes = 90000}},'
+    '[{device = "raspberry-pi-5", name = "pi", count = 2, owner = {rank = 2, held = 4, round_bytes = 2000000}},'
     ' {device = "jetson-orin-nano", name = "orin", memory_limit = 2000000000, data_share = 2.0}]'
 )
 
@@ -87,7 +87,7 @@ def test_a_device_file_says_what_the_fleet_and_its_group_say(tmp_path: Path, fil
 
     assert own.device.name == "pi-0"
     assert own.device.state_dir == tmp_path / "dealt" / "pi-0" / "state"
-    assert (own.device.rank, own.device.held, own.device.round_bytes) == (2, 4, 90_000)
+    assert (own.device.rank, own.device.held, own.device.round_bytes) == (2, 4, 2_000_000)
     assert (own.device.precision, own.device.threads, own.device.base) == ("nf4", 1, "smollm2")
     assert own.model_copy(update={"device": config.device, "simulation": config.simulation}) == config
     assert fleets.load(orin.configuration).device.memory_limit == 2_000_000_000
@@ -144,20 +144,38 @@ def test_simulated_devices_heed_what_their_owners_insist_on(file: Path) -> None:
         assert found == replace(expected, reasons={}, next_better={})
         assert found.precision == "int8"
     pi, orin = (group_of(each, config.device) for each in simulation.devices)
-    assert (planning.plan(pi, spec, training).plan.rank, pi.owner.round_bytes) == (2, 90_000)
+    assert (planning.plan(pi, spec, training).plan.rank, pi.owner.round_bytes) == (2, 2_000_000)
     # As a real device with that limit: a reserve stays free within it.
     assert orin.profile.memory_bearable_bytes == with_reserve(2_000_000_000, "").value
     assert catalogue.device("jetson-orin-nano").memory_bearable_bytes > 2_000_000_000
 
 
+def test_shorter_examples_take_less_of_the_steps_time(file: Path) -> None:
+    def seconds(*overrides: str) -> list[float]:
+        config, simulation = loaded(file, "adapter.max_length=128", *overrides)
+        method = aggregators.build("increment")
+        spec, training = spec_of(config, method, rank_of(config, method)), people.training_of(config)
+        planning = Planning(config, simulation, find_card(simulation.base), None)
+        planned = planning.plan(group_of(simulation.devices[0], config.device), spec, training)
+        assert planned.plan.max_length == 128
+        return [planned.step_seconds, planned.evaluate_seconds]
+
+    whole, half = seconds(), seconds("simulation.example_tokens=64")
+    assert whole == seconds("simulation.example_tokens=128") == seconds("simulation.example_tokens=500")
+    # Opening weights and starting operations costs a pass what it costs, so half the tokens take more than half.
+    assert all(0.5 * long < short < long for short, long in zip(half, whole, strict=True))
+
+
 def test_an_update_of_a_surrogate_heeds_the_bytes_of_its_owner(tmp_path: Path) -> None:
-    """As `auto` does on a real device: what the download leaves bounds the upload."""
-    few = '[{device = "raspberry-pi-5", count = 2, name = "pi", owner = {round_bytes = 2000}}]'
-    moved = [
-        run(tmp_path / name, "wire.codec_up=auto", devices=devices, least=2).versions[-1].bytes_up
-        for name, devices in (("few", few), ("all", few.replace("{round_bytes = 2000}", "{}")))
+    """As `auto` does on a real device: what the download leaves bounds the upload, in bytes of the base model."""
+    few = '[{device = "raspberry-pi-5", count = 2, name = "pi", owner = {rank = 4, held = 8, round_bytes = 2300000}}]'
+    found = [
+        run(tmp_path / name, "wire.codec_up=auto", "wire.upload_bytes=10000000", devices=devices, least=2)
+        for name, devices in (("few", few), ("all", few.replace(", round_bytes = 2300000", "")))
     ]
-    assert moved[0] < moved[1]
+    assert found[0].devices[0].plan == found[1].devices[0].plan
+    few_up, all_up = (each.versions[-1].bytes_up for each in found)
+    assert few_up < 0.9 * all_up
 
 
 def test_a_fleet_whose_file_names_its_base_can_be_simulated(tmp_path: Path, tiny_base: Path, file: Path) -> None:

@@ -21,27 +21,33 @@ pytestmark = [pytest.mark.story, pytest.mark.broker, pytest.mark.torch, pytest.m
 
 WORDS = ("red", "green", "blue")
 FILE = """
+[rounds]
+progress_timeout = {patience}
+min_available_nodes = 3
+num_rounds = 3
 [fleet]
-name = "bridge"
+name = "twice"
+base = "{fingerprint}"
 [broker]
 port = {port}
-[rounds]
-num_rounds = 3
-min_available_nodes = 3
-progress_timeout = {patience}
 [adapter]
 target_modules = {targets}
 max_rank = 8
 max_length = 32
+regained = 2
+slice = "personal"
 [aggregator]
 rank = 16
 [training]
 max_steps = 6
 batch_size = 2
 personal_steps = 1
+[wire]
+codec_up = "auto"
 [device]
 threads = 1
 eval_examples = 2
+max_examples = 14
 [simulation]
 trainer = "real"
 base = "{base}"
@@ -49,7 +55,7 @@ data = ["{data}"]
 [[simulation.devices]]
 name = "large"
 device = "{profile}"
-owner = {{ rank = 8, held = 16, precision = "bf16" }}
+owner = {{ rank = 8, held = 16, precision = "bf16", product_dtype = "fp32" }}
 link = {{ up_mbit_s = 1000, down_mbit_s = 1000 }}
 data_share = 2.0
 [[simulation.devices]]
@@ -60,7 +66,7 @@ link = {{ up_mbit_s = 1000, down_mbit_s = 1000 }}
 [[simulation.devices]]
 name = "small"
 device = "{profile}"
-owner = {{ rank = 2, held = 2, layers_trained = 2, precision = "nf4" }}
+owner = {{ rank = 2, held = 2, layers_trained = 2, precision = "nf4", round_bytes = 60000 }}
 link = {{ up_mbit_s = 100, down_mbit_s = 100 }}
 """
 NAMES = ("large-0", "middle-0", "small-0")
@@ -73,6 +79,8 @@ class Bridge:
         self.folder = folder
         self.processes = Launcher(folder, {"EDGE_RUNTIME_CACHE": str(folder / "cache")})
         self.broker = start("mosquitto", store=folder / "broker", settings=Settings(), patience=90.0)
+        from edge_runtime.train.source import fingerprint, resolve  # noqa: PLC0415 - belongs to an extra
+
         data = folder / "colours.jsonl"
         rows = [{"text": f"number {number}", "label": WORDS[number % 3]} for number in range(60)]
         data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -81,6 +89,7 @@ class Bridge:
         self.file = folder / "fleet.toml"
         self.file.write_text(
             FILE.format(
+                fingerprint=fingerprint(resolve(str(base))),
                 port=self.broker.address.port, patience=PATIENCE, targets=json.dumps(TARGETS), base=base, data=data,
                 profile=profile,
             ),
