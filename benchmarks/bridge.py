@@ -79,7 +79,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="a new folder for all that is written; a temporary one when absent")
     options = parser.parse_args()
     devices = min(len(CHOICES), max(2, len(os.sched_getaffinity(0))))
-    rounds, steps = (2, 3) if options.quick else (4, 12)
+    rounds, steps = (2, 3) if options.quick else (3, 8)
     place = nullcontext(str(options.keep)) if options.keep else tempfile.TemporaryDirectory(prefix="edge-bridge-")
     with place as name:
         folder = Path(name).absolute()

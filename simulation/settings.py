@@ -164,7 +164,7 @@ class Simulation(Section):
     precision: Literal["nf4", "int8", "bf16", "fp16", "fp32"] | None = None
     """Real trainer: of the base for all devices; that of each device's plan when absent."""
     threads: Positive = 1
-    """Real trainer: of torch, in each process."""
+    """Real trainer: of torch, in each process; what [device] says when absent, else 1."""
     finish: bool = False
     """Whether devices make their personal adapters at the end, as real ones do, or the last version is the end."""
     max_hours: PositiveNumber = 24.0 * 365
@@ -204,8 +204,11 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> tuple[Config, Simu
     if not config.simulation.model_extra:
         raise ConfigError(f"{source} has no [simulation]; expected at least one table [[simulation.devices]]")
     _simulated(config.personal, source)
+    asked = _nested(config.simulation.model_extra)
+    if config.device.threads is not None:
+        asked.setdefault("threads", config.device.threads)
     try:
-        return config, Simulation.model_validate(_nested(config.simulation.model_extra))
+        return config, Simulation.model_validate(asked)
     except ValidationError as error:
         raise ConfigError(f"{source}: {_problem(error)}") from error
 

@@ -38,6 +38,11 @@ def test_one_file_is_that_of_a_real_fleet_and_of_a_simulation(tmp_path: Path) ->
     assert settings.load(again)[1] == settings.load(path)[1]
 
 
+def test_threads_are_those_of_the_fleets_devices_unless_it_says_otherwise() -> None:
+    asked_for = ((), ("device.threads=2",), ("device.threads=2", "simulation.threads=3"))
+    assert [settings.load(None, asked(*each))[1].threads for each in asked_for] == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
