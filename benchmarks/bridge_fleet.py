@@ -130,7 +130,7 @@ def really(file: Path, folder: Path) -> Ran:
             process.wait()
     events = _lines(folder / "server" / "metrics.jsonl")
     return Ran(
-        _real_rounds(events), *_adapters(folder / "server"),
+        real_rounds(events), *_adapters(folder / "server"),
         {event["client"]: event["detail"] for event in events if event.get("state") == "planned"},
     )  # fmt: skip
 
@@ -141,7 +141,7 @@ def simulated(file: Path, folder: Path) -> Ran:
     said(folder, "simulate", str(file), "--out", ".", "--no-draw", "--json", core=0)
     events = _lines(folder / "events.jsonl")
     plans = {event["device"]: event["plan"] for event in events if event["event"] == "device"}
-    return Ran(_virtual_rounds(events), *_adapters(folder / "server"), plans)
+    return Ran(virtual_rounds(events), *_adapters(folder / "server"), plans)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -159,24 +159,26 @@ def _adapters(folder: Path) -> tuple[list[str], Adapter]:
     return [adapter.digest() for adapter in adapters], adapters[-1]
 
 
-def _real_rounds(events: Sequence[dict[str, Any]]) -> list[Round]:
+def real_rounds(events: Sequence[dict[str, Any]]) -> list[Round]:
     """From the server's record: the first begins when a device first fetches, each other one with a merge."""
-    at = [datetime.fromisoformat(event["time"]).timestamp() for event in events]
-    merged = {event["round"]: when for event, when in zip(events, at, strict=True) if event["event"] == "merge"}
+    timed = [(datetime.fromisoformat(event["time"]).timestamp(), event) for event in events]
+    merged = {event["round"]: at for at, event in timed if event["event"] == "merge"}
     rounds = []
     for number in sorted(merged):
-        told = [(event, when) for event, when in zip(events, at, strict=True) if event.get("round") == number]
-        fetching = {event["client"]: when for event, when in reversed(told) if event.get("state") == "fetching"}
-        working = {event["client"]: when for event, when in reversed(told) if event.get("state") == "evaluating"}
-        offering = {event["client"]: when for event, when in reversed(told) if event.get("state") == "offering"}
-        begin = merged.get(number - 1, min(fetching.values()))
-        rounds.append(
-            Round(merged[number] - begin, {name: offering[name] - working[name] for name in sorted(offering)})
+        told = [(at, event) for at, event in timed if event["event"] == "report" and event["round"] == number]
+        # The end of all is told of as the last round as well, so the first time counts.
+        fetching, working, offering = (
+            {event["client"]: at for at, event in reversed(told) if event["state"] == state}
+            for state in ("fetching", "evaluating", "offering")
         )
+        begin = merged.get(number - 1, min(fetching.values()))
+        devices = {name: offering[name] - working[name] for name in sorted(offering)}
+        rounds.append(Round(merged[number] - begin, devices))
     return rounds
 
 
-def _virtual_rounds(events: Sequence[dict[str, Any]]) -> list[Round]:
+def virtual_rounds(events: Sequence[dict[str, Any]]) -> list[Round]:
+    """From a simulation's events: each from its directive to its version."""
     merged = {event["round"]: event["t"] for event in events if event["event"] == "version"}
     rounds = []
     for number in sorted(merged):
