@@ -15,7 +15,7 @@ import os
 import statistics
 import sys
 import tempfile
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +80,9 @@ def main() -> int:
     options = parser.parse_args()
     devices = min(len(CHOICES), max(2, len(os.sched_getaffinity(0))))
     rounds, steps = (2, 3) if options.quick else (3, 8)
-    place = nullcontext(str(options.keep)) if options.keep else tempfile.TemporaryDirectory(prefix="edge-bridge-")
+    place: AbstractContextManager[str] = (
+        nullcontext(str(options.keep)) if options.keep else tempfile.TemporaryDirectory(prefix="edge-bridge-")
+    )
     with place as name:
         folder = Path(name).absolute()
         folder.mkdir(exist_ok=True)
