@@ -321,10 +321,16 @@ def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
     return _validate(tree, str(path) if path else "--set")
 
 
-def dump(config: Config) -> str:
-    """The configuration as TOML that `load` reads back, from any folder; keys that are None are left out."""
+def dump(config: Config, *, defaults: bool = True) -> str:
+    """The configuration as TOML that `load` reads back, from any folder.
+
+    Args:
+        config: what to write; keys that are None are left out.
+        defaults: whether keys that have their default value are written as well.
+    """
     lines: list[str] = []
-    for section, values in _anchored(config.model_dump(mode="json", exclude_none=True), Path()).items():
+    tree = config.model_dump(mode="json", exclude_none=True, exclude_defaults=not defaults)
+    for section, values in _anchored(tree, Path()).items():
         lines += [f"[{section}]", *(f"{toml.key(name)} = {toml.value(found)}" for name, found in values.items()), ""]
     return "\n".join(lines)
 

@@ -1,12 +1,14 @@
 """Known devices, from `devices/*.toml`: for simulation and for planning as if on another machine (`--as-device`).
 
 Their figures are public ones or estimates from them, each with its source in `[reasons]`; none was measured by this
-project. What nobody published is in `[unreadable]`. A file of one's own in the same form serves as well.
+project. What nobody published is in `[unreadable]`. A file of one's own in the same form serves as well, and so does
+the profile of a device that was measured.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -62,7 +64,8 @@ def device(name: str) -> DeviceProfile:
     """The profile of a known device, with nothing else running and no limit on the process.
 
     Args:
-        name: of the catalogue, or the path of a TOML file in the same form (it ends in .toml or holds a slash).
+        name: of the catalogue, or the path of a TOML file in the same form (it ends in .toml or holds a slash), or of
+            what `edge-runtime profile --json` printed (it ends in .json): a device that was measured.
 
     Raises:
         ConfigError: no such device (lists those that there are, the nearest first), or its file is malformed: names
@@ -71,12 +74,15 @@ def device(name: str) -> DeviceProfile:
     known = known_devices()
     if name in known:
         return _read(_folder() / f"{name}.toml")
+    if name.endswith(".json"):
+        return _measured(Path(name))
     if name.endswith(".toml") or "/" in name or "\\" in name:
         return _read(Path(name))
     likeness = {entry: difflib.SequenceMatcher(None, name.lower(), entry).ratio() for entry in known}
     nearest = sorted(known, key=lambda entry: (-likeness[entry], entry))
     raise ConfigError(
-        f"unknown device '{name}'; expected the path of a .toml file, or one of (nearest first): {', '.join(nearest)}"
+        f"unknown device '{name}'; expected the path of a .toml or .json file, or one of (nearest first): "
+        f"{', '.join(nearest)}"
     )
 
 
@@ -99,11 +105,29 @@ def _read(path: Path) -> DeviceProfile:
         "name": "its name in the catalogue" if path.parent == _folder() else f"the name of {path}",
         "memory_bearable_bytes": "",
     }
-    found = DeviceProfile.from_json(values, kind)
+    return _bearable(_possible(DeviceProfile.from_json(values, kind), kind))
+
+
+def _measured(path: Path) -> DeviceProfile:
+    kind = f"device file {path}"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(
+            f"the {kind} needs to be what 'edge-runtime profile --json' printed; found: {why}; make it anew"
+        ) from error
+    profile = data.get("profile", data) if isinstance(data, dict) else None
+    if not isinstance(profile, dict):
+        raise ConfigError(f"the {kind} needs to be the object that 'edge-runtime profile --json' printed; make it anew")
+    return _possible(DeviceProfile.from_json(profile, kind), kind)
+
+
+def _possible(found: DeviceProfile, kind: str) -> DeviceProfile:
     for holds, expected in _RULES:
         if not holds(found):
             raise ConfigError(f"the {kind} needs {expected}; correct it")
-    return _bearable(found)
+    return found
 
 
 def _explained(kind: str, values: Mapping[str, Any]) -> None:

@@ -267,7 +267,7 @@ class Device:
         task = Task(
             self.name, directive, planned.intro, planned.plan, planned.key,
             tuple(disk.bands[band.blob.sha256] for band in bands), self.person.data,
-            disk.owed, disk.kept, dict(disk.facts), personal,
+            disk.owed, disk.kept, dict(disk.facts), personal, planned.round_bytes,
         )  # fmt: skip
         self._around.engine.submit(task)
         already = disk.progress[1] if disk.progress[0] == task.key else 0.0

@@ -29,15 +29,21 @@ def load(simulation: Simulation) -> tuple[list[Example], list[str]]:
     examples: list[Example] = []
     classes: list[str] = []
     for path in files_of(simulation):
-        found = _rows(path)
+        found = read(path)
         examples += rows.from_rows(found, name=str(path))
         classes += [str(row.get(simulation.class_field, path.stem)) for row in found]
     return examples, classes
 
 
-def _rows(path: Path) -> list[dict[str, object]]:
+def read(path: Path) -> list[dict[str, object]]:
+    """The rows of a JSONL file, as they are.
+
+    Raises:
+        DataError: a file that cannot be read, or a line that is no JSON object; names file and line.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`: within a JSON text there may be characters that end lines elsewhere.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"a file of examples was expected at {path}; found: {error}") from error
     found = []
@@ -66,7 +72,7 @@ def dealt(
     """Of each device, the numbers of its examples and how many it trains on; and the shares of the classes.
 
     Args:
-        config: the fleet's file: says what is held out.
+        config: the fleet's file: says what is held out, and how many examples a device takes at most.
         simulation: its [simulation].
         sizes: examples of each device; fewer in proportion where there are not as many in all.
 
@@ -83,7 +89,9 @@ def dealt(
     numbers = partition.dealt(counts, members, simulation.seed)
     devices = [f"{name_of(group)}-{index}" for group in simulation.devices for index in range(group.count)]
     found = []
-    for device, mine in zip(devices, numbers, strict=True):
+    for device, dealt_to in zip(devices, numbers, strict=True):
+        kept = data.sampled([examples[number] for number in dealt_to], config.device.max_examples)
+        mine = tuple(dealt_to[index] for index in kept)
         own = [examples[number] for number in mine]
         if len({example.digest() for example in own}) < LEAST:
             raise DataError(

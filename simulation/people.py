@@ -47,6 +47,12 @@ def training_of(config: Config) -> Training:
     return Training(**config.training.model_dump(exclude={"personal_steps"}))
 
 
+def sizes_of(simulation: Simulation) -> list[int]:
+    """Examples of each device, in the order of the file, as far as its share says."""
+    sizes = ((max(1, round(simulation.examples * group.data_share)), group.count) for group in simulation.devices)
+    return [size for size, count in sizes for _ in range(count)]
+
+
 class People:
     """The devices of a fleet.
 
@@ -64,8 +70,7 @@ class People:
         self._sites = {name: (_way(site.up_mbit_s), _way(site.down_mbit_s)) for name, site in simulation.sites.items()}
         self._files: dict[Path, Mapping[str, Sequence[Span]]] = {}
         members = [(group, number) for group in groups for number in range(group.settings.count)]
-        sizes = [max(1, round(simulation.examples * group.settings.data_share)) for group, _ in members]
-        data, self.shares = _data(config, simulation, sizes)
+        data, self.shares = _data(config, simulation, sizes_of(simulation))
         self.people = [
             self._person(group, number, *found) for (group, number), found in zip(members, data, strict=True)
         ]

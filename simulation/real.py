@@ -19,13 +19,14 @@ from edge_runtime.errors import ConfigError, DataError, DeviceMemoryError
 from edge_runtime.lora.adapter import Adapter, Slot
 from edge_runtime.lora.algebra import change
 from edge_runtime.lora.slices import Scores
-from edge_runtime.train import cores, data, evaluating, families, loop, token_cache
+from edge_runtime.train import cores, data, evaluating, families, loop, own_texts, token_cache
 from edge_runtime.train.alignment import scores
 from edge_runtime.train.base import LoadedBase, load, prepare
 from edge_runtime.train.live import LiveModel
 from edge_runtime.train.placing import place
 from edge_runtime.train.planning import slot_of
 from edge_runtime.train.receiving import Received, fitted, receive, slot_for
+from edge_runtime.train.regaining import regained_at
 from edge_runtime.train.tasks import task_of
 from edge_runtime.train.terms import Term, proximal, tail
 from edge_runtime.trainer import Gate, Introduction, LocalResult, StepReport, Texts, Training
@@ -73,7 +74,7 @@ class RealTrainers:
         self._device = place(recipe.simulation.threads)
         self._card = find_card(recipe.simulation.base)
         self._examples, _ = examples.load(recipe.simulation)
-        self._bases: dict[tuple[str, str, str], Loaded] = {}
+        self._bases: dict[tuple[str, str, str, int], Loaded] = {}
         self._tokens: OrderedDict[tuple[tuple[int, ...], int], Tokens] = OrderedDict()
 
     def trainer(self, task: Task) -> SharedTrainer:
@@ -91,19 +92,22 @@ class RealTrainers:
             )
         spec, plan = task.directive.adapter, task.plan
         slot = slot_of(plan, self._card, spec)
-        loaded, family = self._loaded(plan), families.get(spec.family)
+        loaded, family = self._loaded(plan, spec.regained), families.get(spec.family)
         if loaded.live is None:
             base = cores.inserted(loaded.base.model, slot)
             loaded.live = family.attach(base, slot, scaling=spec.scaling)
         return SharedTrainer(task, loaded, slot, self._tokens_of(task, loaded.base))
 
-    def _loaded(self, plan: Plan) -> Loaded:
-        precision = self._simulation.precision or plan.precision
-        compute = COMPUTE.get(precision, plan.compute_dtype)
-        products = compute if precision in COMPUTE else plan.product_dtype
-        key = (precision, compute, products)
+    def _loaded(self, plan: Plan, regained: int) -> Loaded:
+        precision, compute, products = plan.precision, plan.compute_dtype, plan.product_dtype
+        if self._simulation.precision is not None:
+            precision = self._simulation.precision
+            compute = COMPUTE.get(precision, compute)
+            products = compute if precision in COMPUTE else products
+        beside = regained_at(precision, regained)
+        key = (precision, compute, products, beside)
         if key not in self._bases:
-            found = prepare(self._simulation.base, precision=precision, cache=cache_dir())
+            found = prepare(self._simulation.base, precision=precision, regained=beside, cache=cache_dir())
             base = load(found, compute_dtype=compute, product_dtype=products, device=self._device)
             self._bases[key] = Loaded(base)
         return self._bases[key]
@@ -114,10 +118,10 @@ class RealTrainers:
             self._tokens.move_to_end(key)
             return self._tokens[key]
         mine = [self._examples[number] for number in task.data]
-        train, held_out = data.split(mine, fraction=self._recipe.eval_fraction)
+        texts = own_texts.parts_of(mine, self._recipe.eval_fraction, self._recipe.eval_examples)
         parts = tuple(
             token_cache.tokens_of(part, base.tokenizer, task.plan.max_length, cache=None, say=lambda _: None).examples
-            for part in (train, held_out[: self._recipe.eval_examples])
+            for part in (texts.train, texts.reported)
         )
         if not all(parts):
             raise DataError(

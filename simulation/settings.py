@@ -7,18 +7,30 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from edge_runtime import config as fleets
-from edge_runtime.config import Config
+from edge_runtime.config import Config, Device
 from edge_runtime.errors import ConfigError, unknown_name
 from edge_runtime.sections import Personal, Positive, Section
+from profiles.terms import Overrides
 
 PositiveNumber = Annotated[float, Field(gt=0)]
 Number = Annotated[float, Field(ge=0)]
+
+OWNED = ("round_seconds", "round_bytes", *(entry.name for entry in fields(Overrides)))
+"""Keys of [device] that a group of simulated devices may have as its own."""
+
+
+def _owned(found: object) -> object:
+    for key in found if isinstance(found, Mapping) else ():
+        if key not in OWNED:
+            raise ValueError(unknown_name("key of [device] for a group", str(key), OWNED))
+    return found
 
 
 class Link(Section):
@@ -69,7 +81,7 @@ class Devices(Section):
     """So many devices of one kind."""
 
     device: str
-    """Of the catalogue, or the path of a TOML file in the same form."""
+    """Of the catalogue, or the path of a TOML file in the same form, or of what `edge-runtime profile --json` said."""
     count: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,47}$")] | None = None
     """Of the group; its devices are NAME-0, NAME-1 …; that of the catalogue when absent."""
@@ -81,7 +93,9 @@ class Devices(Section):
     availability: Availability = Availability()
     battery: Battery | None = None
     memory_limit: Annotated[int, Field(ge=1 << 20)] | None = None
-    """Bytes that training may use, below what the device can bear."""
+    """Bytes that training may use, below what the device can bear; as of [device]."""
+    owner: Annotated[Device, BeforeValidator(_owned)] = Device()
+    """What the owners of these devices do not leave to the plan: keys of [device], over those of the fleet's file."""
     idle_share: Annotated[float, Field(ge=0, le=1)] = 0.3
     """Power of a device that sends or receives, as a share of that under load."""
     straggler_sigma: Number = 0.0
@@ -143,6 +157,8 @@ class Simulation(Section):
     """Surrogate: classes of examples."""
     examples: Positive = 100
     """Surrogate: examples of a device with a data_share of 1, on average."""
+    example_tokens: Positive | None = None
+    """Tokens of an example, on average: what steps take goes by it; those of the plan's longest ones when absent."""
     partition: Partition = Partition()
     surrogate: Surrogate = Surrogate()
     sites: Mapping[str, Site] = {}
@@ -150,7 +166,7 @@ class Simulation(Section):
     precision: Literal["nf4", "int8", "bf16", "fp16", "fp32"] | None = None
     """Real trainer: of the base for all devices; that of each device's plan when absent."""
     threads: Positive = 1
-    """Real trainer: of torch, in each process."""
+    """Real trainer: of torch, in each process; what [device] says when absent, else 1."""
     finish: bool = False
     """Whether devices make their personal adapters at the end, as real ones do, or the last version is the end."""
     max_hours: PositiveNumber = 24.0 * 365
@@ -207,8 +223,11 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> tuple[Config, Simu
     if not config.simulation.model_extra:
         raise ConfigError(f"{source} has no [simulation]; expected at least one table [[simulation.devices]]")
     _simulated(config.personal, source)
+    asked = _nested(config.simulation.model_extra)
+    if config.device.threads is not None:
+        asked.setdefault("threads", config.device.threads)
     try:
-        return config, Simulation.model_validate(_nested(config.simulation.model_extra))
+        return config, Simulation.model_validate(asked)
     except ValidationError as error:
         raise ConfigError(f"{source}: {_problem(error)}") from error
 

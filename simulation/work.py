@@ -46,6 +46,7 @@ class Task:
         kept: what it keeps for itself.
         facts: that it remembers.
         personal: whether this is the end: its personal adapter, and no update.
+        round_bytes: what a round may move up and down; None for as much as there is.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Task:
     kept: bytes | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     personal: bool = False
+    round_bytes: int | None = None
 
     @cached_property
     def key(self) -> str:
@@ -66,7 +68,7 @@ class Task:
         total = hashlib.sha256()
         texts = (
             self.name, self.directive.model_dump_json(), self.plan_key, repr(self.data),
-            json.dumps(self.facts, sort_keys=True), repr(self.personal),
+            json.dumps(self.facts, sort_keys=True), repr(self.personal), repr(self.round_bytes),
         )  # fmt: skip
         for part in (*(text.encode() for text in texts), self.owed, self.kept, *self.bands):
             total.update(b"-" if part is None else f"{len(part)}:".encode() + part)
@@ -213,7 +215,7 @@ class Bench:
             result = trainer.train(directive.training, directive.round + 1, lambda _: None, lambda: False)
             numbers = (result.examples, result.loss_first, result.loss_last, held_out)
             return Done(b"", b"", None, {}, *numbers, trainer.evaluate(), accuracy, trainer.accuracy)
-        made = local_round.contribute(directive, task.intro, adapter, trainer, memory)
+        made = local_round.contribute(directive, task.intro, adapter, trainer, memory, round_bytes=task.round_bytes)
         result = made.result
         facts = {**memory.written, **made.facts}
         numbers = (result.examples, result.loss_first, result.loss_last, held_out)

@@ -91,7 +91,7 @@ class World:
         self._config, self._simulation, self._say = people.with_room(config, simulation), simulation, say
         self._kills = kills or {}
         people.check(self._config, simulation)
-        self._groups = [group_of(settings) for settings in simulation.devices]
+        self._groups = [group_of(settings, config.device) for settings in simulation.devices]
         card = find_card(simulation.base)
         self._problem = problem_of(simulation) if simulation.trainer == "surrogate" else None
         planning = Planning(self._config, simulation, card, self._problem)

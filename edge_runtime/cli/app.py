@@ -220,6 +220,9 @@ def simulate(
         list[str] | None, typer.Option(help="hours=2, mib=500, joules=1e5: what is reached within it; repeatable.")
     ] = None,
     draw: Annotated[bool, typer.Option(help="Write report.html and figures at the end.")] = True,
+    deal: Annotated[
+        Path | None, typer.Option(help="Folder for each device's data and configuration: run it for real.")
+    ] = None,
     overrides: Overrides = None,
     json: Json = False,
 ) -> int:
@@ -234,6 +237,10 @@ def simulate(
     if file is None or report is not None:
         found = "neither" if file is None else "both"
         raise ConfigError(f"simulate takes FLEET_TOML, or --report FOLDER of runs that have ended; found {found}")
+    if deal is not None:
+        if sweep:
+            raise ConfigError("--deal hands out one fleet, and --sweep has several; choose with --set instead")
+        return verb.deal(file, deal, overrides or [], json=json)
     return verb.run(file, sweep or [], out, overrides or [], json=json, drawn=draw, asked=asked)
 
 

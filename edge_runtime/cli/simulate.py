@@ -15,7 +15,7 @@ from rich.table import Table
 
 from edge_runtime.cli import shell
 from edge_runtime.errors import INTERRUPTED, RoundError, missing_extra
-from simulation import running
+from simulation import dealing, running, settings
 from simulation.report import writing
 from simulation.report.protocols import Questions
 from simulation.running import Ran, Run
@@ -66,6 +66,35 @@ def run(
     if drawn:
         _reported(ran, out, asked, say)
     return 0 if all(each.outcome.finished for each in ran) else RoundError.exit_code
+
+
+def deal(file: Path, folder: Path, overrides: Sequence[str], *, json: bool) -> int:
+    """Hand a simulated fleet out to real devices; simulate nothing.
+
+    Args:
+        file: of the fleet.
+        folder: for the folders of the devices.
+        overrides: `section.key=value`, each.
+        json: print JSON, one object for each device.
+
+    Raises:
+        ConfigError: of the file, or a simulation of what no real device does.
+        DataError: examples that cannot be read, or a device without any.
+    """
+    config, simulation = settings.load(file, overrides)
+    dealt = dealing.deal(config, simulation, folder)
+    if json:
+        for each in dealt:
+            facts = {"device": each.name, "examples": each.examples, "configuration": str(each.configuration)}
+            sys.stdout.write(texts.dumps(facts) + "\n")
+        return 0
+    table = Table("device", "examples", "joins with")
+    for each in dealt:
+        table.add_row(each.name, str(each.examples), f"edge-runtime client --config {each.configuration}")
+    console = Console()
+    console.print(table)
+    console.print(f"once edge-runtime server --config {file} runs, and a broker at its [broker]")
+    return 0
 
 
 def report(folder: Path, asked: Questions, *, json: bool) -> int:

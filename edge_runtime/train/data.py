@@ -30,6 +30,7 @@ __all__ = (
     "cut",
     "digest_of",
     "load_examples",
+    "sampled",
     "split",
     "tokenise",
     "tokenise_all",
@@ -108,10 +109,14 @@ def load_examples(spec: str, *, limit: int | None = None) -> list[Example]:
     """
     name, colon, argument = spec.partition(":")
     examples = SOURCES[name](argument) if colon and name in SOURCES else _from_file(spec)
+    return [examples[index] for index in sampled(examples, limit)]
+
+
+def sampled(examples: Sequence[Example], limit: int | None) -> list[int]:
+    """The indices of a sample of that many examples at most, chosen by content, in their order."""
     if limit is None or len(examples) <= limit:
-        return examples
-    chosen = sorted(range(len(examples)), key=lambda index: examples[index].digest("limit"))[:limit]
-    return [examples[index] for index in sorted(chosen)]
+        return list(range(len(examples)))
+    return sorted(sorted(range(len(examples)), key=lambda index: examples[index].digest("limit"))[:limit])
 
 
 def _from_stdlib(group: str) -> list[Example]:

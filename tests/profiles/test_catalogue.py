@@ -119,6 +119,34 @@ def test_a_file_of_ones_own_serves_as_well(tmp_path: Path) -> None:
     assert found.gpus == known.gpus
 
 
+def test_a_device_that_was_measured_serves_as_it_was_measured(tmp_path: Path) -> None:
+    known = device("jetson-orin-nx")
+    path = tmp_path / "this.json"
+
+    for told in (known.to_json(), {"profile": known.to_json(), "plan": None}):
+        path.write_text(json.dumps(told), encoding="utf-8")
+        assert device(str(path)) == known
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", r"this\.json needs to be what 'edge-runtime profile --json' printed; found: Expecting"),
+        ("[]", r"this\.json needs to be the object"),
+        ('{"profile": 3}', r"this\.json needs to be the object"),
+        ("{}", r"this\.json needs exactly its .* lacks"),
+        (json.dumps({**device("jetson-orin-nx").to_json(), "usable_cores": 0}), "'usable_cores' of 1 or more"),
+    ],
+)
+def test_what_no_profile_said_is_refused_with_its_file(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "this.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=said):
+        device(str(path))
+    with pytest.raises(ConfigError, match=r"found: .*No such file"):
+        device(str(tmp_path / "none.json"))
+
+
 def without(field: str) -> Callable[[str], str]:
     """Takes a field out, with its reason."""
     return lambda text: re.sub(rf"^{field} = .*\n", "", text, flags=re.MULTILINE)

@@ -38,12 +38,23 @@ def test_one_file_is_that_of_a_real_fleet_and_of_a_simulation(tmp_path: Path) ->
     assert settings.load(again)[1] == settings.load(path)[1]
 
 
+def test_threads_are_those_of_the_fleets_devices_unless_it_says_otherwise() -> None:
+    asked_for = ((), ("device.threads=2",), ("device.threads=2", "simulation.threads=3"))
+    assert [settings.load(None, asked(*each))[1].threads for each in asked_for] == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
         ("simulation.sed=1", "unknown key 'sed'; expected one of: base"),
         ("simulation.partition={kid=1}", r"simulation\.partition\.kid: unknown key.*alpha, kind"),
         ('simulation.devices=[{device="raspberry-pi-5", cout=1}]', "unknown key 'cout'.*count"),
+        (
+            'simulation.devices=[{device="jetson-nano", owner={rankk=1}}]',
+            r"devices\.0\.owner: unknown key of \[device\] for a group 'rankk'.*expected one of:.*rank",
+        ),
+        ('simulation.devices=[{device="jetson-nano", owner={data="x"}}]', "for a group 'data'"),
+        ('simulation.devices=[{device="jetson-nano", owner={rank=0}}]', r"owner\.rank: input should be greater"),
         ("simulation.devices=[]", "simulation.devices: tuple should have at least 1 item"),
         ('simulation.devices=[{device="jetson-nano"}, {device="jetson-nano"}]', "two groups of devices are called"),
         ('simulation.devices=[{device="jetson-nano", site="x"}]', "unknown site 'x'"),

@@ -14,6 +14,7 @@ from edge_runtime.errors import ConfigError, PlanError
 from edge_runtime.train.planning import Owner, choose
 from profiles import catalogue
 from profiles.find_card import find_card
+from profiles.machine import with_reserve
 from server import aggregators
 from server.exchange import rank_of
 from server.fitting import spec_of
@@ -88,7 +89,8 @@ def test_a_simulated_device_makes_the_plan_that_the_device_would_make(tmp_path: 
     method, card = aggregators.build("increment"), find_card("SmolLM2-135M")
     spec, training = spec_of(config, method, rank_of(config, method)), people.training_of(config)
     expected = choose(catalogue.device("jetson-nano"), card, spec, training, Owner(), None)
-    limited = choose(catalogue.device("raspberry-pi-4"), card, spec, training, Owner(), 700_000_000)
+    ceiling = with_reserve(700_000_000, "").value
+    limited = choose(catalogue.device("raspberry-pi-4"), card, spec, training, Owner(), ceiling)
     plans = {line["group"]: line for line in logged(tmp_path, "device")}
     for name, plan in (("nano", expected), ("raspberry-pi-4", limited)):
         found = plans[name]
