@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import gc
 
-import transformers
-
 import simulation.real  # noqa: F401  with all that it needs
+from edge_runtime.train import base
 
-# transformers imports these when they are asked for, and every worker asks.
-for name in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"):
-    getattr(transformers, name)
-# A collection in a worker would write into each page that holds an object.
+base.warm()
+# A collection in a worker would write into every page that holds an object.
 gc.collect()
 gc.freeze()
