@@ -58,6 +58,7 @@ class Toy:
             "aggregator.method=fedit", f"adapter.max_rank={self.rank}", f"adapter.max_length={self.length}",
             f"training.max_steps={self.steps}", f"training.batch_size={self.batch}", "training.warmup_steps=1",
             f"device.eval_examples={self.held_out}", "wire.codec_up=fp32", "wire.codec_down=fp32",
+            "wire.error_feedback=false",  # of what arrives whole nothing is owed
             "simulation.trainer=real", "simulation.precision=fp32", f"simulation.base={self.base}",
             f"simulation.data={json.dumps(list(self.data))}", "simulation.partition.kind=natural",
             f"simulation.examples={100_000 // self.clients}",

@@ -23,7 +23,7 @@ from simulation.work import Done, Task
 SCHEMA = "CREATE TABLE IF NOT EXISTS done (key TEXT PRIMARY KEY, facts TEXT, payload BLOB, residual BLOB, private BLOB)"
 BLOBS = ("payload", "residual", "private")
 WRITTEN_AT_ONCE = 64
-"""Outcomes that a kill may cost."""
+"""Small outcomes that a kill may cost; of those of real training, at most a few."""
 
 
 class Journal:
@@ -82,7 +82,8 @@ class Journal:
         values = (self._key(key), facts, done.payload, done.residual, done.private)
         self._db.execute("INSERT OR REPLACE INTO done VALUES (?, ?, ?, ?, ?)", values)
         self._computed.add(key)
-        self._unwritten += 1
+        # What is large took long to compute: a kill shall cost less of it.
+        self._unwritten += 1 + sum(len(getattr(done, name) or b"") for name in BLOBS) // LARGE
         if self._unwritten >= WRITTEN_AT_ONCE:
             self._write()
         return self._aside(key, done)

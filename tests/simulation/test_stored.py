@@ -38,6 +38,15 @@ def test_a_device_remembers_where_its_large_things_lie(tmp_path: Path) -> None:
     assert all(isinstance(each, Stored) for each in owed)
 
 
+def test_devices_share_the_bytes_of_what_they_fetch(tmp_path: Path) -> None:
+    simulated = world(tmp_path, "rounds.num_rounds=1")
+    simulated.run()
+    pi, other = (simulated._devices[name].disk.bands for name in ("pi-0", "pi-1"))
+    assert pi.keys() == other.keys()
+    assert pi
+    assert all(pi[sha] is other[sha] for sha in pi)
+
+
 @pytest.mark.usefixtures("everything_is_large")
 def test_a_resumed_run_reads_them_from_the_former_one(tmp_path: Path) -> None:
     first = run(tmp_path)
