@@ -16,10 +16,12 @@ VENV := .venv
 VENV310 := .venv-3.10
 OVERLAY := .overlay-transformers5
 OVERLAY_RAY := .overlay-ray
+OVERLAY_FLOWER := .overlay-flower
 READY := $(VENV)/.installed
 READY310 := $(VENV310)/.installed
 READY_OVERLAY := $(OVERLAY)/.installed
 READY_RAY := $(OVERLAY_RAY)/.installed
+READY_FLOWER := $(OVERLAY_FLOWER)/.installed
 BIN := $(VENV)/bin
 
 # Without the marks of what takes longer, or wants weights, several processes or a GPU.
@@ -43,7 +45,7 @@ PIP := -m pip install --disable-pip-version-check --constraint constraints.txt
 ENGINES := xllamacpp mlx mlx-cpu mlx-lm
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check lint fast test test-torch-free test-all test-transformers5 test-ray clean
+.PHONY: help setup demo check lint fast test test-torch-free test-all test-transformers5 test-ray peers clean
 .DELETE_ON_ERROR:
 SHELL := bash
 
@@ -95,6 +97,8 @@ test-transformers5: $(READY_OVERLAY) ## the torch tests against transformers 5, 
 test-ray: $(READY_RAY) ## merges and simulations on a Ray cluster of this machine, Ray laid over .venv
 	PYTHONPATH=$(OVERLAY_RAY) $(PYTEST) -k "ray or cluster" tests/server/test_engines.py tests/simulation/test_engines.py
 
+peers: $(READY_FLOWER) ## Flower beside .venv, for `python -m benchmarks.simulation`
+
 clean: ## remove the environments, the overlay and every cache
 	rm -rf .venv .venv-* .overlay* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -124,6 +128,13 @@ $(READY_OVERLAY): $(READY) constraints-transformers5.txt
 	@rm -rf $(OVERLAY)
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $(OVERLAY) \
 	    --requirement constraints-transformers5.txt
+	@touch $@
+
+$(READY_FLOWER): $(READY) constraints-flower.txt
+	@echo "== $(OVERLAY_FLOWER): installing Flower and its Ray beside .venv (400 MB)"
+	@rm -rf $(OVERLAY_FLOWER)
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $(OVERLAY_FLOWER) \
+	    --requirement constraints-flower.txt
 	@touch $@
 
 # What Ray needs and .venv has not; pinned in constraints.txt.

@@ -13,8 +13,14 @@ from typing import Any
 
 import numpy as np
 
-# The published shapes of SmolLM2-360M and Qwen2.5-0.5B.
+# The published shapes of SmolLM2-360M and Qwen2.5-0.5B, and a toy, most of whose numbers are embeddings.
 SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "llama-toy": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 172,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 49152,
+        "tie_word_embeddings": True, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000,
+        "hidden_act": "silu",
+    },
     "llama-0.36b": {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 960, "intermediate_size": 2560,
         "num_hidden_layers": 32, "num_attention_heads": 15, "num_key_value_heads": 5, "vocab_size": 49152,

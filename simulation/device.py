@@ -24,6 +24,7 @@ from simulation.fleet import Planned
 from simulation.hauling import Hauling
 from simulation.links import BITS
 from simulation.memory import Disk
+from simulation.stored import whole
 from simulation.surroundings import Accounts, Person, Surroundings
 from simulation.traces import FOREVER, HOUR
 from simulation.work import Done, Task
@@ -350,7 +351,7 @@ class Device:
         )  # fmt: skip
         offer = Offer(
             client=self.name, run=directive.run, round=directive.round, version=directive.version,
-            blob=blobs.describe(done.payload, around.config.wire.chunk_bytes), examples=done.examples,
+            blob=blobs.describe(whole(done.payload), around.config.wire.chunk_bytes), examples=done.examples,
             loss_first=done.loss_first, loss_last=done.loss_last,
         )  # fmt: skip
         self.disk.put_outbox(offer, done)

@@ -12,6 +12,7 @@ from simulation import links
 from simulation.fleet import Planned
 from simulation.links import Transfer
 from simulation.memory import Disk
+from simulation.stored import whole
 from simulation.surroundings import Accounts, Person, Surroundings
 
 Ranges = tuple[tuple[int, int], ...]
@@ -110,7 +111,7 @@ class Hauling:
         self._sending = None
         outbox, fleet = self._disk.outbox, self._around.config.fleet.name
         if outbox is not None and outbox[0].blob.sha256 == offer.blob.sha256:  # else it is settled
-            chunks = blobs.split(outbox[1], offer.blob.chunk_bytes)
+            chunks = blobs.split(whole(outbox[1]), offer.blob.chunk_bytes)
             for index in lacking:
                 topic = topics.upload(fleet, self._person.name, offer.blob.sha256, index)
                 self._around.host.say(topic, chunks[index])

@@ -60,6 +60,7 @@ class Host:
         for pattern in (topics.directive(self._fleet), topics.down(self._fleet, "+"), topics.broadcasts(self._fleet)):
             self._devices.subscribe(pattern)
         self._chunks: dict[str, dict[int, bytes]] = {}
+        self._bands: dict[str, bytes] = {}
         self.notes: list[str] = []
         """What the server told people since somebody looked."""
         if store.rounds() is None:
@@ -99,9 +100,11 @@ class Host:
         self.turn()
 
     def band(self, sha256: str) -> bytes | None:
-        """A broadcast blob; None once it is cleared."""
+        """A broadcast blob; None once it is cleared. All devices hold the same bytes, which are here once."""
         chunks = self._chunks.get(sha256)
-        return b"".join(chunks[index] for index in sorted(chunks)) if chunks else None
+        if chunks and sha256 not in self._bands:
+            self._bands[sha256] = b"".join(chunks[index] for index in sorted(chunks))
+        return self._bands.get(sha256)
 
     def _hand_on(self) -> None:
         while (delivery := self._devices.receive(0.0)) is not None:
@@ -119,6 +122,7 @@ class Host:
                 self._deliver(topic.client, load(delivery.payload), len(delivery.payload))
 
     def _keep(self, sha256: str, index: int, payload: bytes) -> None:
+        self._bands.pop(sha256, None)
         if payload:
             self._chunks.setdefault(sha256, {})[index] = payload
         else:

@@ -7,6 +7,7 @@ from typing import Any
 
 from edge_runtime.state import OF_THE_DEVICE
 from edge_runtime.wire.messages import Offer
+from simulation.stored import Blob
 from simulation.work import Done
 
 
@@ -30,10 +31,10 @@ class Disk:
 
     run: str = ""
     settled: int = 0
-    outbox: tuple[Offer, bytes] | None = None
-    owed: bytes | None = None
-    once_accepted: bytes | None = None
-    kept: bytes | None = None
+    outbox: tuple[Offer, Blob] | None = None
+    owed: Blob | None = None
+    once_accepted: Blob | None = None
+    kept: Blob | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     bands: dict[str, bytes] = field(default_factory=dict)
     progress: tuple[str, float] = ("", 0.0)

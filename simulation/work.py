@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from edge_runtime.wire.messages import Directive
 from profiles.plan import Plan
 from server.one_thread import one_thread
 from simulation.settings import Simulation, files_of
+from simulation.stored import Blob, whole
 from simulation.surrogate import Problem, SurrogateTrainer
 
 OUTCOMES = 2
@@ -56,8 +57,8 @@ class Task:
     plan_key: str
     bands: tuple[bytes, ...]
     data: tuple[int, ...]
-    owed: bytes | None = None
-    kept: bytes | None = None
+    owed: Blob | None = None
+    kept: Blob | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     personal: bool = False
     round_bytes: int | None = None
@@ -70,9 +71,14 @@ class Task:
             self.name, self.directive.model_dump_json(), self.plan_key, repr(self.data),
             json.dumps(self.facts, sort_keys=True), repr(self.personal), repr(self.round_bytes),
         )  # fmt: skip
-        for part in (*(text.encode() for text in texts), self.owed, self.kept, *self.bands):
-            total.update(b"-" if part is None else f"{len(part)}:".encode() + part)
+        for part in (*(text.encode() for text in texts), whole(self.owed), whole(self.kept), *self.bands):
+            total.update(b"-" if part is None else f"{len(part)}:".encode())
+            total.update(part or b"")
         return total.hexdigest()
+
+    def at_hand(self) -> Task:
+        """The same with nothing on disk, as another process needs it."""
+        return replace(self, owed=whole(self.owed), kept=whole(self.kept))
 
 
 @dataclass(frozen=True)
@@ -94,9 +100,9 @@ class Done:
         personal_accuracy: likewise, of its personal adapter.
     """
 
-    payload: bytes
-    residual: bytes
-    private: bytes | None
+    payload: Blob
+    residual: Blob
+    private: Blob | None
     facts: Mapping[str, Any]
     examples: int
     loss_first: float
@@ -239,12 +245,12 @@ class _Memory:
     @property
     def owed(self) -> bytes | None:
         """As the task says."""
-        return self._task.owed
+        return whole(self._task.owed)
 
     @property
     def kept(self) -> bytes | None:
         """As the task says."""
-        return self._task.kept
+        return whole(self._task.kept)
 
     def fact(self, name: str) -> Any:
         """The newest."""

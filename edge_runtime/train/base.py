@@ -181,6 +181,12 @@ def _check_compute(base: PreparedBase, compute_dtype: str, products: str) -> Non
         raise BaseModelError(unknown_name("product dtype", products, COMPUTE_DTYPES))
 
 
+def warm() -> None:
+    """Import what `load` asks transformers for, which has it imported then; for whoever forks before."""
+    for name in ("AutoModelForCausalLM", "AutoTokenizer"):
+        getattr(transformers, name)
+
+
 def _by_transformers(folder: Path, dtype: torch.dtype, device: str) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, device_map={"": device}, local_files_only=True

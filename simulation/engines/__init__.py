@@ -16,21 +16,21 @@ from collections.abc import Callable, Mapping
 from edge_runtime.errors import missing_extra
 from simulation.engines.inline import inline
 from simulation.engines.pool import processes
-from simulation.engines.spread import Engine, Say
+from simulation.engines.spread import Engine, Keeping, Say
 from simulation.work import Recipe
 
-__all__ = ["ENGINES", "Engine", "build"]
+__all__ = ["ENGINES", "Engine", "Keeping", "build"]
 
 
-def _inline(recipe: Recipe, _say: Say) -> Engine:
+def _inline(recipe: Recipe, _say: Say) -> Keeping:
     return inline(recipe)
 
 
-def _processes(recipe: Recipe, say: Say) -> Engine:
+def _processes(recipe: Recipe, say: Say) -> Keeping:
     return processes(recipe, recipe.simulation.workers, say)
 
 
-def _ray(recipe: Recipe, say: Say) -> Engine:
+def _ray(recipe: Recipe, say: Say) -> Keeping:
     try:
         from simulation.engines import cluster  # noqa: PLC0415  Ray belongs to an extra
     except ModuleNotFoundError as error:
@@ -38,10 +38,10 @@ def _ray(recipe: Recipe, say: Say) -> Engine:
     return cluster.on_ray(recipe, recipe.simulation.ray_address, recipe.simulation.workers, say)
 
 
-ENGINES: Mapping[str, Callable[[Recipe, Say], Engine]] = {"inline": _inline, "processes": _processes, "ray": _ray}
+ENGINES: Mapping[str, Callable[[Recipe, Say], Keeping]] = {"inline": _inline, "processes": _processes, "ray": _ray}
 
 
-def build(recipe: Recipe, say: Say) -> Engine:
+def build(recipe: Recipe, say: Say) -> Keeping:
     """The engine that a simulation names.
 
     Args:

@@ -27,8 +27,12 @@ class Processes:
         self._pool = self._new()
 
     def _new(self) -> ProcessPoolExecutor:
-        # A fork would copy the locks of other threads in whatever state they are.
-        return ProcessPoolExecutor(self._count, get_context("spawn"), _begin, (self._recipe,))
+        # A fork of this process would copy the locks of its threads in whatever state they are.
+        context = get_context("spawn")
+        if self._recipe.simulation.trainer == "real":
+            context = get_context("forkserver")
+            context.set_forkserver_preload(["simulation.engines.forked"])
+        return ProcessPoolExecutor(self._count, context, _begin, (self._recipe,))
 
     def begin(self, task: Task) -> Future[Done]:
         """Hand it to the pool."""

@@ -10,11 +10,18 @@ from edge_runtime.errors import EngineError
 from simulation.work import Done, Task
 
 Say = Callable[[str], None]
+Keep = Callable[[str, Done], Done]
+"""Given a task's key and its outcome, the outcome as it waits until it is asked for."""
 
 AHEAD = 2
 """Tasks under way for each worker: one that it does, and one that is there when it is done."""
 DEATHS = 3
 """Workers that a task may take with it before it is to blame."""
+
+
+def as_it_is(_key: str, done: Done) -> Done:
+    """Keeps an outcome in memory."""
+    return done
 
 
 class Engine(Protocol):
@@ -36,6 +43,13 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """End the workers."""
+
+
+class Keeping(Engine, Protocol):
+    """An engine whose outcomes need not wait in memory."""
+
+    def keep_by(self, keep: Keep) -> None:
+        """Have them kept so: a round of many devices may be computed long before it is asked for."""
 
 
 class Lost(Exception):  # noqa: N818  no error of the house: it is caught below, and the task done again
@@ -71,7 +85,7 @@ class Workers(Protocol):
 
 
 class Spread:
-    """Implements `Engine` by workers.
+    """Implements `Keeping` by workers.
 
     Args:
         workers: those.
@@ -86,6 +100,11 @@ class Spread:
         self._ended: dict[str, Done | Exception] = {}
         self._deaths: Counter[str] = Counter()
         self._suspects: set[str] = set()
+        self._keep: Keep = as_it_is
+
+    def keep_by(self, keep: Keep) -> None:
+        """Outcomes go through it as soon as they are there."""
+        self._keep = keep
 
     def submit(self, task: Task) -> None:
         """Get in line, unless it is under way or done: a device that crashed may ask for the same again."""
@@ -123,7 +142,7 @@ class Spread:
         while self._line and len(self._under_way) < (1 if self._suspects else self._most):
             key, task = self._line.popitem(last=False)
             try:
-                self._under_way[key] = task, self._workers.begin(task)
+                self._under_way[key] = task, self._workers.begin(task.at_hand())
             except Lost as error:
                 self._line[key] = task
                 self._line.move_to_end(key, last=False)
@@ -133,7 +152,7 @@ class Spread:
         key = next(key for key, (_, found) in self._under_way.items() if found is handle)
         task = self._under_way.pop(key)[0]
         try:
-            self._ended[key] = self._workers.fetch(handle)
+            self._ended[key] = self._keep(key, self._workers.fetch(handle))
             self._suspects.discard(key)
         except Lost as error:
             self._died(error, [task])

@@ -35,6 +35,9 @@ class Some:
     def __init__(self, name: str) -> None:
         self.name = self.key = name
 
+    def at_hand(self) -> Some:
+        return self
+
 
 def done(name: str) -> Done:
     return Done(name.encode(), b"", None, {}, 1, 0.0, 0.0, 0.0)
