@@ -65,7 +65,7 @@ def _plan(toy: Toy) -> _Plan:
     config, simulation = settings.load(None, toy.overrides)
     spec, training = spec_of(config, aggregators.build("fedit"), toy.rank), people.training_of(config)
     planning = Planning(config, simulation, find_card(simulation.base), None)
-    planned = planning.plan(group_of(simulation.devices[0]), spec, training)
+    planned = planning.plan(group_of(simulation.devices[0], config.device), spec, training)
     return _Plan(config, simulation, planned, _Asked(training, spec))
 
 

@@ -124,7 +124,7 @@ def _ratio(found: Mapping[str, Sequence[Ran]], what: str) -> float:
 
 
 def _median(ran: Sequence[Ran], what: str) -> float:
-    return statistics.median(getattr(each, what) for each in ran)
+    return statistics.median(float(getattr(each, what)) for each in ran)
 
 
 def table(toy: Toy, found: Mapping[str, Sequence[Ran]]) -> Table:

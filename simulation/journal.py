@@ -17,7 +17,7 @@ from pathlib import Path
 
 from edge_runtime.errors import ConfigError
 from simulation.engines import Keeping
-from simulation.stored import LARGE, Stored, whole
+from simulation.stored import LARGE, Blob, Stored, whole
 from simulation.work import Done, Task
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS done (key TEXT PRIMARY KEY, facts TEXT, payload BLOB, residual BLOB, private BLOB)"
@@ -89,8 +89,11 @@ class Journal:
         return self._aside(key, done)
 
     def _aside(self, key: str, done: Done) -> Done:
-        large = [name for name in BLOBS if len(whole(getattr(done, name)) or b"") >= LARGE]
-        return replace(done, **{name: Stored(partial(self._read, name, self._key(key))) for name in large})
+        def aside(name: str, blob: Blob | None) -> Blob | None:
+            return Stored(partial(self._read, name, self._key(key))) if len(whole(blob) or b"") >= LARGE else blob
+
+        payload, residual, private = (aside(name, getattr(done, name)) for name in BLOBS)
+        return replace(done, payload=payload or b"", residual=residual or b"", private=private)
 
     def _read(self, name: str, key: str) -> bytes:
         blob: bytes = self._db.execute(f"SELECT {name} FROM done WHERE key = ?", (key,)).fetchone()[0]  # noqa: S608

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 
 from server.engines.pools import begin_worker, cores
 from simulation.engines.spread import Lost, Say, Spread
@@ -28,7 +29,7 @@ class Processes:
 
     def _new(self) -> ProcessPoolExecutor:
         # A fork of this process would copy the locks of its threads in whatever state they are.
-        context = get_context("spawn")
+        context: BaseContext = get_context("spawn")
         if self._recipe.simulation.trainer == "real":
             context = get_context("forkserver")
             context.set_forkserver_preload(["simulation.engines.forked"])
