@@ -13,8 +13,8 @@ from edge_runtime.wire.broker import Settings, start
 from server.aggregators.beside import published
 from server.aggregators.method import load_state
 from server.store import Store
-from tests.product import Launcher
-from tests.story.fleet import PATIENCE, TARGETS
+from tests.product import PATIENCE, Launcher
+from tests.story.fleet import TARGETS
 from tests.wire.conftest import require
 
 pytestmark = [pytest.mark.story, pytest.mark.broker, pytest.mark.torch, pytest.mark.timeout(900)]
