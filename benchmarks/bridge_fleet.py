@@ -100,7 +100,7 @@ def said(folder: Path, *arguments: str, core: int | None = None) -> str:
 
 def _well(running: subprocess.Popen[bytes], log: Path) -> None:
     if running.wait():
-        raise RuntimeError(f"{running.args!r} ended with {running.returncode}: {log.read_text()[-2000:]}")
+        raise RuntimeError(f"a process ended with {running.returncode}: {log.read_text()[-2000:]}")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import simulation, simulation_peer
+from benchmarks.bases import random_base
 from benchmarks.proportional import on_path, pss, watched
 from benchmarks.simulation_flower import FACTORS, adapter_of, arrays_of, beginning
 from benchmarks.simulation_peer import Ran, figures_of
@@ -82,8 +83,9 @@ def test_an_adapter_travels_as_named_arrays() -> None:
     assert adapter_of(dict(reversed(arrays.items()))).digest() == adapter.digest()
 
 
-def test_flower_begins_with_what_our_server_begins_with() -> None:
-    adapter = beginning(Toy("SmolLM2-135M", ["a.jsonl"], 1, rounds=1, steps=1, rank=4))
+@pytest.mark.torch
+def test_flower_begins_with_what_our_server_begins_with(tmp_path: Path) -> None:
+    adapter = beginning(Toy(random_base("llama-toy", tmp_path), ["a.jsonl"], 1, rounds=1, steps=1, rank=4))
     assert set(adapter.ranks.values()) == {4}
     assert all(not pair.b.any() for pair in adapter.values())
     assert all(
