@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ class Answers:
 
     def __init__(self, fleet: Fleet, device: str = "cpu", keep: Path | None = None) -> None:
         self.model = fleet.model.to(device).requires_grad_(requires_grad=False)
-        self.shapes, self.scaling, self._each = fleet.shapes, fleet.scaling, fleet.batch
+        self.shapes: Mapping[str, tuple[int, int]] = fleet.shapes
+        self.scaling, self._each = fleet.scaling, fleet.batch
         self.device = torch.device(device)
         self._backbone = getattr(self.model, self.model.base_model_prefix)
         self._head = self.model.get_output_embeddings()

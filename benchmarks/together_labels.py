@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from benchmarks.together import Chosen, Texts
+from benchmarks.together import Chosen, Text, Texts
 from benchmarks.wire_fleet import Fleet
 from edge_runtime.train import classify
+from edge_runtime.train.classify import Labelled
 from edge_runtime.train.loss import unwrap
 
 IGNORED = -100
@@ -31,7 +32,8 @@ class Labels:
     def __init__(self, fleet: Fleet, device: str = "cpu") -> None:
         found = fleet.classifier
         self.model = unwrap(found.live.model).to(device)
-        self.shapes, self.scaling, self._each = fleet.shapes, found.live.scaling, fleet.batch
+        self.shapes: Mapping[str, tuple[int, int]] = fleet.shapes
+        self.scaling, self._each = found.live.scaling, fleet.batch
         self.device = torch.device(device)
         self._head = found.head.to(device).requires_grad_(requires_grad=False)
         self._padding = int(found.tokenizer.pad_token_id)
@@ -101,4 +103,10 @@ def _tabulated(texts: Texts, padding: int) -> Table:
     ids = np.full((len(texts), int(lengths.max())), padding, np.int64)
     for row, text in enumerate(texts):
         ids[row, : len(text.input_ids)] = text.input_ids
-    return Table(texts, ids, lengths, np.asarray([text.label for text in texts]))
+    return Table(texts, ids, lengths, np.asarray([_label(text) for text in texts]))
+
+
+def _label(text: Text) -> int:
+    if not isinstance(text, Labelled):
+        raise TypeError(f"expected a text with a label; found {type(text).__name__}")
+    return text.label
