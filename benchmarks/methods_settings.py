@@ -25,8 +25,8 @@ class Course:
         tuning_rounds: of a life by which a rate is chosen.
         finalists: rates that are then compared in all rounds, with the best at half its rate; 1 for none.
         steps: optimiser steps of a device in a round.
-        alike: rates for fleets of one rank; an exponent is a factor there.
-        unlike: rates for fleets of unequal ranks.
+        grid: the rank that a way asks of all devices, 0 for none → rates; where all ranks are alike, an exponent is but
+            a factor.
         quick: those of them that tell whether it runs.
     """
 
@@ -34,22 +34,27 @@ class Course:
     tuning_rounds: int
     finalists: int
     steps: int
-    alike: tuple[Rate, ...]
-    unlike: tuple[Rate, ...]
+    grid: Mapping[int, tuple[Rate, ...]]
     quick: tuple[Rate, ...]
 
     def rates(self, way: str) -> tuple[Rate, ...]:
         """Those that are tried for a way."""
-        return self.alike if WAYS[way].rank else self.unlike
+        return self.grid[WAYS[way].rank]
 
 
-_LABELS = {0.0: (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), 0.5: (1e-3, 2e-3, 4e-3), 0.75: (5e-4, 1e-3, 2e-3)}
-LABELS = Course(24, 12, 2, 8, _grid({0.0: _LABELS[0.0]}), _grid(_LABELS), quick=_grid({0.0: (2e-3,), 0.75: (1e-3,)}))
-ANSWERS = Course(
-    10, 10, 1, 6, _grid({0.0: (2e-3, 4e-3, 8e-3, 1.6e-2)}), _grid({0.5: (1e-3, 2e-3, 4e-3, 8e-3)}),
-    quick=_grid({0.0: (4e-3,), 0.5: (2e-3,)}),
+_ALIKE = {0.0: (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)}
+_UNLIKE = {**_ALIKE, 0.5: (1e-3, 2e-3, 4e-3), 0.75: (5e-4, 1e-3, 2e-3)}
+LABELS = Course(
+    24, 12, 2, 8,
+    {0: _grid(_UNLIKE), SMALLEST: _grid(_ALIKE), LARGEST: _grid(_ALIKE)},
+    quick=_grid({0.0: (2e-3,), 0.75: (1e-3,)}),
 )  # fmt: skip
-"""Unequal ranks have the exponent with which all ways but two were best for MiniLM; there is no time to try others."""
+ANSWERS = Course(
+    10, 10, 1, 6,
+    {0: _grid({0.5: (4e-3, 8e-3)}), SMALLEST: _grid({0.0: (8e-3, 1.6e-2)}), LARGEST: _grid({0.0: (4e-3, 8e-3)})},
+    quick=_grid({0.0: (8e-3,), 0.5: (4e-3,)}),
+)  # fmt: skip
+"""Few rates for each way, about those that were best for MiniLM: a life takes minutes of a core."""
 
 
 @dataclass(frozen=True)

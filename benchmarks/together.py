@@ -143,6 +143,7 @@ class Together:
     def __init__(self, subject: Subject, devices: int = 64) -> None:
         self._subject, self._device, self._devices = subject, subject.device, devices
         self._scaling = subject.scaling
+        self._drawn = lru_cache(maxsize=8192)(subject.batch_of)  # many lives ask for the same texts
         self._sites: dict[str, Site] = {}
         for name in subject.shapes:
             parent, _, leaf = name.rpartition(".")
@@ -180,8 +181,7 @@ class Together:
         with self._meeting(Stack(tuple(parameters)), wanted[0].seen):
             for step in range(steps):
                 chosen = [
-                    (one.texts, _chosen(self._subject, step, mine, one.order))
-                    for one, mine in zip(wanted, lengths, strict=True)
+                    (one.texts, self._drawn(step, mine, one.order)) for one, mine in zip(wanted, lengths, strict=True)
                 ]
                 loss = self._subject.losses(chosen).sum()
                 gradients = [g * mask for g, mask in zip(torch.autograd.grad(loss, parameters), masks, strict=True)]
@@ -223,12 +223,6 @@ class _Meeting:
     def _frame(self, site: Site, path: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         drawn = CoreLinear(site.base, path, size)
         return drawn.a.detach().to(self._device), drawn.b.detach().to(self._device)
-
-
-@lru_cache(maxsize=8192)
-def _chosen(subject: Subject, step: int, lengths: tuple[int, ...], order: int) -> tuple[int, ...]:
-    # Many lives ask for the same texts.
-    return subject.batch_of(step, lengths, order)
 
 
 def _stacked(adapters: Sequence[Adapter], scaling: float, device: torch.device) -> Stack:
