@@ -131,7 +131,7 @@ def _order(
 ) -> Order:
     course = SETTINGS[setting].course
     rounds, steps = rounds or options.rounds or course.rounds, options.steps or course.steps
-    return Order(setting, way, seed, *rate, rounds, steps, whole=seed != TUNING_SEED)
+    return Order(setting, way, seed, *rate, rounds, steps, course.whole and seed != TUNING_SEED)
 
 
 class Runner:
@@ -295,7 +295,7 @@ def _mean(points: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def _cell(points: Sequence[Mapping[str, float]]) -> str:
     found = _mean(points)
-    return f"{found['loss']:.3f} ({found['accuracy']:.3f})"
+    return "" if math.isnan(found["loss"]) else f"{found['loss']:.3f} ({found['accuracy']:.3f})"
 
 
 if __name__ == "__main__":
