@@ -53,11 +53,15 @@ LABELS = Course(
 )  # fmt: skip
 ANSWERS = Course(
     10, 10, 1, 6,
-    {0: _grid({0.5: (2e-3, 4e-3)}), SMALLEST: _grid({0.0: (8e-3, 1.6e-2)}), LARGEST: _grid({0.0: (2e-3, 4e-3)})},
+    {
+        0: _grid({0.5: (2e-3, 4e-3, 8e-3)}),
+        SMALLEST: _grid({0.0: (8e-3, 1.6e-2)}),
+        LARGEST: _grid({0.0: (2e-3, 4e-3, 8e-3)}),
+    },
     quick=_grid({0.0: (4e-3, 8e-3), 0.5: (4e-3,)}), whole=False,
 )  # fmt: skip
-"""A life takes minutes of a core, so two rates for each way: with these a device's first steps are as large in the
-product of its factors whatever its rank is, and at twice the larger ones `increment` diverges."""
+"""A life takes minutes of a core, so there are few rates, and one exponent: with it the steps of all devices are of one
+size in the product of their factors."""
 
 
 @dataclass(frozen=True)
