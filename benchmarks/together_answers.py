@@ -63,7 +63,7 @@ class Answers:
         batches = [self._batch(mine, self._each, length) for mine in texts]
         hidden = self._hidden(torch.cat([states for states, _ in batches]))
         found = []
-        for mine, (_, labels) in zip(hidden.split(self._each), batches, strict=True):
+        for mine, (_, labels) in zip(torch.split(hidden, self._each), batches, strict=True):
             kept, targets = _counted(mine, labels)
             total = chunked_cross_entropy(kept, self._head.weight, targets, bias=self._head.bias)
             found.append(total / len(targets))

@@ -23,6 +23,7 @@ from benchmarks.together_labels import Labels
 from benchmarks.wire_fleet import Fleet
 from edge_runtime.lora.adapter import Adapter, Pair
 from edge_runtime.lora.algebra import cut, fresh_rows
+from edge_runtime.train.classify import Labelled
 from edge_runtime.train.terms import tail
 from server import aggregators
 
@@ -103,7 +104,8 @@ def wanted_of(fleet: Fleet) -> list[Training]:
 def alone(fleet: Fleet, one: Training) -> Adapter:
     terms = [tail(one.kept, one.penalty, fleet.classifier.live.scaling)] if one.penalty else []
     with wire_fleet.attached(fleet, one.seen, one.rows) as found:
-        moved, _ = wire_fleet.train(found, one.texts, one.steps, one.order, one.rate, terms, one.factors)
+        texts = [text for text in one.texts if isinstance(text, Labelled)]
+        moved, _ = wire_fleet.train(found, texts, one.steps, one.order, one.rate, terms, one.factors)
     return moved
 
 

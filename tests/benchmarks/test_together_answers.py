@@ -23,6 +23,7 @@ from benchmarks.together_answers import Answers
 from edge_runtime.lora.adapter import Adapter, LayerSlot, Pair, Slot
 from edge_runtime.lora.algebra import change
 from edge_runtime.train import live, loop
+from edge_runtime.train.data import Tokenised
 from edge_runtime.train.fresh import slot_for
 from edge_runtime.train.loss import completion_loss
 from edge_runtime.train.terms import tail
@@ -78,7 +79,7 @@ def alone(fleet: Fleet, one: Training) -> Adapter:
         steps=one.steps, learning_rate=one.rate, micro_batch=BATCH, warmup_steps=0, weight_decay=0.0,
         max_grad_norm=1.0, seed=one.order, schedule="linear", factors=one.factors,
     )  # fmt: skip
-    loop.train_round(found, one.texts, task, terms=terms)
+    loop.train_round(found, [text for text in one.texts if isinstance(text, Tokenised)], task, terms=terms)
     after = live.read_trained(found)
     live.detach(found)
     return Adapter({name: change(after[name], before[name]) for name in after})
