@@ -1,16 +1,18 @@
 """Which method learns best where devices are unequal? All of them over the same devices, steps, texts and seeds.
 
     python -m benchmarks.methods [--quick] [--setting NAME …] [--way NAME …] [--rounds N] [--seeds N] [--keep FOLDER]
-                                 [--device cuda] [--jobs N] [--plots FOLDER]
+                                 [--device cuda] [--jobs N] [--together N] [--plots FOLDER]
 
 Ten devices of ranks 2 to 32, of which five take part in a round of eight local steps, name the task that a text is the
-answer of, or tell good reviews from bad ones. The learning rate of each method, and how much larger it is on a device
-of smaller rank, is chosen from a grid on a seed that is not compared: all of it in fewer rounds, and then the best two,
-and the best at half its rate, in all rounds. A method that needs equal ranks has every device
-train what the smallest bears. For reference: every device at the largest rank, and one device with all texts. A life
-is judged by the mean held-out loss of its last four rounds. `increment_vs_homogeneous` is that of `increment` over that
-of itself at the largest rank everywhere, over settings with ranks 2 to 32, and `wins_over_x` the share of settings in
-which the loss of `increment` is lower than that of x with 95 % intervals that do not overlap.
+answer of, or tell good reviews from bad ones. In `smollm2-natural` there are eight devices, of which four take part in
+a round of six steps, and SmolLM2-135M-Instruct learns the tasks themselves, by its last blocks. The learning rate of
+each method, and how much larger it is on a device of smaller rank, is chosen from a grid on a seed that is not
+compared: all of it in fewer rounds, and then the best two, and the best at half its rate, in all rounds; for SmolLM2
+all of a smaller grid in all rounds. A method that needs equal ranks has every device train what the smallest bears. For
+reference: every device at the largest rank, and one device with all texts. A life is judged by the mean held-out loss
+of its last four rounds. `increment_vs_homogeneous` is that of `increment` over that of itself at the largest rank
+everywhere, over settings with ranks 2 to 32, and `wins_over_x` the share of settings in which the loss of `increment`
+is lower than that of x with 95 % intervals that do not overlap.
 
 The lives of one seed in one setting go through the model side by side (`together`), several fleets in
 processes of their own; with --keep, lives that have ended are kept there and not run again.
@@ -34,9 +36,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.methods_fleet import LAST, Rate
+from benchmarks.methods_fleet import LARGEST, LAST, Rate
 from benchmarks.methods_lives import Order, Place, live
-from benchmarks.methods_settings import OURS, QUICK_RATES, RATES, RIVALS, SAME, SETTINGS, TUNING_SEED, UNEQUAL, WAYS
+from benchmarks.methods_settings import OURS, RIVALS, SAME, SETTINGS, TUNING_SEED, UNEQUAL, WAYS
 from benchmarks.result import Goal, result
 from benchmarks.slices import interval
 
@@ -54,14 +56,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--encoder", default="minilm", help="an alias or a folder")
+    parser.add_argument("--model", default="smollm2", help="causal: an alias, a folder, a GGUF file or a hub id")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--setting", action="append", choices=list(SETTINGS))
     parser.add_argument("--way", action="append", choices=list(WAYS))
-    parser.add_argument("--rounds", type=int, default=24)
-    parser.add_argument("--tuning-rounds", type=int, default=12)
-    parser.add_argument("--finalists", type=int, default=2, help="rates that are compared in all rounds")
+    parser.add_argument("--rounds", type=int, help="the setting says, where you do not; so for the next three")
+    parser.add_argument("--tuning-rounds", type=int)
+    parser.add_argument("--finalists", type=int, help="rates that are compared in all rounds")
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--together", type=int, default=24, help="lives of one process")
     parser.add_argument("--keep", type=Path)
@@ -77,7 +80,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as passing:
         keep = options.keep or Path(passing)
         keep.mkdir(parents=True, exist_ok=True)
-        place = Place(options.data, options.encoder, options.device)
+        place = Place(options.data, options.encoder, options.device, options.model, keep / "states")
         # Not forked: threads of torch do not survive that.
         with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
             runner = Runner(place, keep / "lives.jsonl", pool, options.together)
@@ -86,39 +89,49 @@ def main() -> int:
 
 def _compare(options: argparse.Namespace, runner: Runner, ways: Sequence[str], settings: Sequence[str]) -> int:
     console = Console()
-
-    def order(setting: str, way: str, seed: int, rate: Rate, rounds: int) -> Order:
-        return Order(setting, way, seed, *rate, rounds, options.steps, whole=seed != TUNING_SEED)
-
-    tuning = [
-        order("pilot", way, TUNING_SEED, rate, options.tuning_rounds)
-        for way in ways
-        for rate in RATES
-        if useful(way, rate) and (not options.quick or rate in QUICK_RATES)
-    ]
-    found = runner.all(tuning, "learning rates")
-    rates = tuned(found)
-    if options.finalists > 1:
-        finals = [
-            order("pilot", way, TUNING_SEED, rate, options.rounds)
-            for way in ways
-            for rate in finalists(found, way, options.finalists)
-        ]
-        rates = tuned(runner.all(finals, "the best of them in all rounds"))
+    rates = {
+        place: _tuned(options, runner, ways, place)
+        for place in dict.fromkeys(SETTINGS[setting].tuned_on for setting in settings)
+    }
     wanted = [
-        order(setting, way, seed, rates[way], options.rounds)
+        _order(options, setting, way, seed, rates[SETTINGS[setting].tuned_on][way])
         for seed in range(options.seeds)
         for setting in settings
         for way in ways
     ]
     lives = runner.all(wanted, "lives")
     for setting in settings:
-        console.print(table(setting, {o: life for o, life in lives.items() if o.setting == setting}, rates))
+        mine = {order: life for order, life in lives.items() if order.setting == setting}
+        console.print(table(setting, mine, rates[SETTINGS[setting].tuned_on]))
     if options.plots:
         from benchmarks.methods_plot import draw  # noqa: PLC0415 - matplotlib is wanted for nothing else here
 
         draw(lives, options.plots / "methods.png")
     return 0 if result("methods", figures(lives, settings), GOALS) else 1
+
+
+def _tuned(options: argparse.Namespace, runner: Runner, ways: Sequence[str], setting: str) -> dict[str, Rate]:
+    """Way → the rate that is best for it in a setting."""
+    course = SETTINGS[setting].course
+    tuning = [
+        _order(options, setting, way, TUNING_SEED, rate, options.tuning_rounds or course.tuning_rounds)
+        for way in ways
+        for rate in course.rates(way)
+        if not options.quick or rate in course.quick
+    ]
+    found, count = runner.all(tuning, f"learning rates, {setting}"), options.finalists or course.finalists
+    if count < 2:
+        return tuned(found)
+    finals = [_order(options, setting, way, TUNING_SEED, rate) for way in ways for rate in finalists(found, way, count)]
+    return tuned(runner.all(finals, "the best of them in all rounds"))
+
+
+def _order(
+    options: argparse.Namespace, setting: str, way: str, seed: int, rate: Rate, rounds: int | None = None
+) -> Order:
+    course = SETTINGS[setting].course
+    rounds, steps = rounds or options.rounds or course.rounds, options.steps or course.steps
+    return Order(setting, way, seed, *rate, rounds, steps, course.whole and seed != TUNING_SEED)
 
 
 class Runner:
@@ -182,11 +195,6 @@ def last_of(life: Mapping[str, Any]) -> list[Mapping[str, float]]:
     return [life["rounds"][number] for number in rounds[-LAST:]]
 
 
-def useful(way: str, rate: Rate) -> bool:
-    """Whether a rate is not another one over again: where all ranks are alike, the exponent is a factor."""
-    return rate.exponent == 0 or not WAYS[way].rank
-
-
 def tuned(lives: Lives) -> dict[str, Rate]:
     """Way → the learning rate with the lowest loss; one that diverged is none."""
     found: dict[str, dict[Rate, float]] = {}
@@ -224,7 +232,7 @@ def figures(lives: Lives, settings: Sequence[str]) -> dict[str, Any]:
             for way, found in losses.items()
         }
         ours = losses.get(OURS.name, [])
-        if ours and SAME.name in losses and SETTINGS[setting].ranks == UNEQUAL:
+        if ours and SAME.name in losses and _from_two_to_largest(setting):
             ratios += [mine / same for mine, same in zip(ours, losses[SAME.name], strict=True)]
         for rival in RIVALS:
             if ours and rival.name in losses:
@@ -236,6 +244,11 @@ def figures(lives: Lives, settings: Sequence[str]) -> dict[str, Any]:
     if wins:
         found["increment_wins"] = round(statistics.mean(win for of_one in wins.values() for win in of_one), 3)
     return found | {f"wins_over_{name}": round(statistics.mean(of_one), 3) for name, of_one in wins.items()}
+
+
+def _from_two_to_largest(setting: str) -> bool:
+    ranks = SETTINGS[setting].ranks
+    return (min(ranks), max(ranks)) == (min(UNEQUAL), LARGEST)
 
 
 def _interval(values: Sequence[float]) -> float | None:
@@ -282,7 +295,7 @@ def _mean(points: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def _cell(points: Sequence[Mapping[str, float]]) -> str:
     found = _mean(points)
-    return f"{found['loss']:.3f} ({found['accuracy']:.3f})"
+    return "" if math.isnan(found["loss"]) else f"{found['loss']:.3f} ({found['accuracy']:.3f})"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A small fleet that learns by one method; the devices are those of `wire_fleet`.
+"""A small fleet that learns by one method; the devices are those of `wire_fleet`, or of `answers_fleet`.
 
-Of the ten devices half take part in a round, the same ones by every method. A device does what a Directive of the
+Some of the devices take part in a round, the same ones by every method. A device does what a Directive of the
 method would ask of it: it holds what the method permits, trains and returns the factors that it names, keeps the
 private factor or its own directions, trains a core, prunes its ranks. The global adapter goes down in int8, updates
 come up as they are.
@@ -15,30 +15,42 @@ import math
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from benchmarks.together import Judging, Training
-from benchmarks.wire_fleet import BATCH, Fleet
+from benchmarks.together import Judging, Texts, Training
 from edge_runtime.lora import pruning, slices
 from edge_runtime.lora.adapter import Adapter, LayerSlot, Pair, Slot
 from edge_runtime.lora.algebra import changed, cut, fresh_rows, take
 from edge_runtime.lora.factors import exchanged, numbers_in, only
-from edge_runtime.train.classify import Labelled
 from edge_runtime.train.cores import CORE
 from edge_runtime.wire import codec
 from server import aggregators
 from server.aggregators.beside import published
 from server.aggregators.method import Aggregator, Asks, State, Update
 
-TAKING_PART = 5
 SEEN_BY_EACH = 256
 """Held-out texts that each device's part of the global model is judged by."""
 PERSONAL_STEPS = 8
 SMALLEST, LARGEST = -1, 32
 LAST = 4
 """Rounds that a life is judged by: with five devices of unequal labels, one round is a matter of who takes part."""
+
+
+class Fleet(Protocol):
+    """Devices and texts; `wire_fleet.Fleet` says what each is."""
+
+    @property
+    def devices(self) -> Mapping[str, tuple[int, Texts]]: ...  # noqa: D102 - as above
+    @property
+    def held_out(self) -> Texts: ...  # noqa: D102 - as above
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, int]]: ...  # noqa: D102 - as above
+    @property
+    def taking_part(self) -> int: ...  # noqa: D102 - as above
+    @property
+    def batch(self) -> int: ...  # noqa: D102 - as above
 
 
 @dataclass(frozen=True)
@@ -83,8 +95,8 @@ class Device:
     """What one device remembers from round to round. Not frozen for that reason."""
 
     rank: int
-    texts: Sequence[Labelled]
-    held_out: Sequence[Labelled]
+    texts: Texts
+    held_out: Texts
     own: Adapter = field(default_factory=lambda: Adapter({}))
     ranks: Mapping[str, int] | None = None
 
@@ -140,7 +152,7 @@ class Life:
         dealt = fleet.devices
         if way.central:
             everything = [text for _, texts in fleet.devices.values() for text in texts]
-            dealt, self.steps = {"all": (way.rank, everything)}, steps * TAKING_PART
+            dealt, self.steps = {"all": (way.rank, everything)}, steps * fleet.taking_part
         for name, (rank, texts) in dealt.items():
             own, rest = texts[::5], [text for at, text in enumerate(texts) if at % 5]
             found = min(least, rank) if way.rank == SMALLEST else way.rank or rank
@@ -160,7 +172,9 @@ class Life:
         state, points, seconds = self.method.init(self._shapes(), self._rank(), self.seed), {}, 0.0
         for number in range(1, rounds + 1):
             sent = self._sent(state)
-            asked = np.random.default_rng([self.seed, number]).permutation(sorted(self.devices))[:TAKING_PART]
+            asked = np.random.default_rng([self.seed, number]).permutation(sorted(self.devices))[
+                : self.fleet.taking_part
+            ]
             names = sorted(str(name) for name in asked)
             begun = [self._begun(self.devices[name], sent, number) for name in names]
             self.numbers_down += sum(one.seen.parameters - self._own_in(one) for one in begun)
@@ -190,7 +204,7 @@ class Life:
 
     def _shapes(self) -> dict[str, tuple[int, int]]:
         if not self.method.core:
-            return self.fleet.shapes
+            return dict(self.fleet.shapes)
         return {f"{name}.{CORE}": (self.largest, self.largest) for name in self.fleet.shapes}
 
     def _sent(self, state: State) -> Adapter:
@@ -251,7 +265,7 @@ class Life:
         self.numbers_up += numbers_in(up.sizes, asks.sent)
         before = Adapter({layer: cut(begun.before[layer], pair.rank) for layer, pair in up.items()})
         trained = Adapter({layer: changed(before[layer], pair) for layer, pair in up.items()})
-        return Update(name, float(min(len(device.texts), self.steps * BATCH)), before, trained)
+        return Update(name, float(min(len(device.texts), self.steps * self.fleet.batch)), before, trained)
 
     def _as_devices_see(self, sent: Adapter) -> Generator[list[Judging], list[Any], Point]:
         asks = self.method.asks(1)

@@ -5,8 +5,8 @@ side, and in each adapted layer those of each device meet its own factors, in on
 
     y_g = x_g Wᵀ + s (x_g A_gᵀ) B_gᵀ        g counts devices
 
-Nothing of one device enters another one's loss, so each trains as it would alone with `wire_fleet.train`, up to
-rounding: the same texts in the same order, the same clipping, the same AdamW.
+Nothing of one device enters another one's loss, so each trains as it would alone, up to rounding: the same texts in
+the same order, the same clipping, the same AdamW. What a text is and what is lost on it is a `Subject`'s business.
 """
 
 from __future__ import annotations
@@ -15,26 +15,53 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.nn import functional
 
-from benchmarks.wire_fleet import BATCH, Fleet
 from edge_runtime.lora.adapter import Adapter, Pair
 from edge_runtime.lora.factors import Factors
 from edge_runtime.lora.pruning import stays
-from edge_runtime.train import classify
 from edge_runtime.train.classify import Labelled
 from edge_runtime.train.cores import CORE, CoreLinear
-from edge_runtime.train.loss import unwrap
+from edge_runtime.train.data import Tokenised
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 """Of AdamW, as torch has them."""
 LARGEST_NORM = 1.0
-TEXTS = 256
-"""Texts that are judged in one pass."""
+Text = Labelled | Tokenised
+Texts = Sequence[Text]
+Chosen = Sequence[tuple[Texts, Sequence[int]]]
+"""Of each device: its texts, and which of them are in its batch."""
+
+
+class Subject(Protocol):
+    """The frozen model that devices share, and how it looks at texts.
+
+    Attributes:
+        model: in whose adapted layers factors are met.
+        shapes: (d_out, d_in) of each adapted layer.
+        scaling: PEFT's lora_alpha / r.
+        device: where it is.
+    """
+
+    model: Any
+    shapes: Mapping[str, tuple[int, int]]
+    scaling: float
+    device: torch.device
+
+    def batch_of(self, step: int, lengths: Sequence[int], order: int) -> tuple[int, ...]:
+        """Which of a device's texts are in a step, counted from 0: a pure function, of the tokens of each text."""
+        ...
+
+    def losses(self, chosen: Chosen) -> torch.Tensor:
+        """(devices,): the mean loss of each one's batch, in nats, differentiable; devices one after the other."""
+        ...
+
+    def judged(self, texts: Texts) -> tuple[float, float]:
+        """Loss in nats and accuracy on texts, by the factors that are met at the moment."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +81,7 @@ class Training:
 
     seen: Adapter
     rows: Mapping[str, Sequence[int]]
-    texts: Sequence[Labelled]
+    texts: Texts
     steps: int
     order: int
     rate: float
@@ -73,7 +100,7 @@ class Judging:
     """An adapter, and the texts that it is to be judged by."""
 
     adapter: Adapter
-    texts: Sequence[Labelled]
+    texts: Texts
 
 
 class Site(torch.nn.Module):
@@ -109,23 +136,19 @@ class Together:
     """The model of a fleet, shared by devices that learn side by side.
 
     Args:
-        fleet: its classifier's model is taken over, and of no use to others afterwards.
-        device: where to compute, in torch's words.
+        subject: its model is taken over, and of no use to others afterwards.
         devices: side by side, at most.
     """
 
-    def __init__(self, fleet: Fleet, device: str = "cpu", devices: int = 64) -> None:
-        found = fleet.classifier
-        self._model = unwrap(found.live.model).to(device)
-        self._head = found.head.to(device).requires_grad_(requires_grad=False)
-        self._device, self._devices, self._scaling = torch.device(device), devices, found.live.scaling
-        self._padding = int(found.tokenizer.pad_token_id)
+    def __init__(self, subject: Subject, devices: int = 64) -> None:
+        self._subject, self._device, self._devices = subject, subject.device, devices
+        self._scaling = subject.scaling
+        self._drawn = lru_cache(maxsize=8192)(subject.batch_of)  # many lives ask for the same texts
         self._sites: dict[str, Site] = {}
-        self._tables: dict[int, Table] = {}
-        for name in fleet.shapes:
+        for name in subject.shapes:
             parent, _, leaf = name.rpartition(".")
-            self._sites[name] = Site(self._model.get_submodule(name), self._scaling)
-            setattr(self._model.get_submodule(parent), leaf, self._sites[name])
+            self._sites[name] = Site(subject.model.get_submodule(name), self._scaling)
+            setattr(subject.model.get_submodule(parent), leaf, self._sites[name])
 
     def train(self, wanted: Sequence[Training]) -> list[Adapter]:
         """Factor-wise change of the trained rows of each device, in the order asked."""
@@ -143,15 +166,8 @@ class Together:
 
     def judge(self, wanted: Judging) -> tuple[float, float]:
         """Loss in nats and accuracy of an adapter on texts."""
-        table, total, right = self._table(wanted.texts), 0.0, 0
-        order = np.argsort(table.lengths, kind="stable")
         with torch.no_grad(), self._meeting(_stacked([wanted.adapter], self._scaling, self._device), wanted.adapter):
-            for first in range(0, len(order), TEXTS):
-                ids, mask, labels = self._batch([(table, order[first : first + TEXTS])], TEXTS)
-                scores = self._logits(ids, mask)
-                total += float(functional.cross_entropy(scores, labels, reduction="sum", ignore_index=IGNORED))
-                right += int((scores.argmax(dim=-1) == labels).sum())
-        return total / len(order), right / len(order)
+            return self._subject.judged(wanted.texts)
 
     def _trained(self, wanted: Sequence[Training]) -> list[Adapter]:
         names = tuple(wanted[0].seen)
@@ -161,11 +177,13 @@ class Together:
         tails = _tails(wanted, before, self._device)
         moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
         rates = torch.tensor([one.rate for one in wanted], device=self._device)[:, None, None]
-        steps, tables = wanted[0].steps, [self._table(one.texts) for one in wanted]
+        steps, lengths = wanted[0].steps, [tuple(len(text.input_ids) for text in one.texts) for one in wanted]
         with self._meeting(Stack(tuple(parameters)), wanted[0].seen):
             for step in range(steps):
-                chosen = [(table, _chosen(table, step, one.order)) for table, one in zip(tables, wanted, strict=True)]
-                loss = self._losses(chosen).sum()
+                chosen = [
+                    (one.texts, self._drawn(step, mine, one.order)) for one, mine in zip(wanted, lengths, strict=True)
+                ]
+                loss = self._subject.losses(chosen).sum()
                 gradients = [g * mask for g, mask in zip(torch.autograd.grad(loss, parameters), masks, strict=True)]
                 with torch.no_grad():
                     _penalise(gradients, parameters, tails, self._scaling)
@@ -173,55 +191,8 @@ class Together:
                     _step(parameters, gradients, moments, rates * (1 - step / steps), step)
         return _changes(wanted, names, before, [p.detach() for p in parameters], self._scaling)
 
-    def _losses(self, chosen: Sequence[tuple[Table, np.ndarray[Any, Any]]]) -> torch.Tensor:
-        """(devices,): the mean of each one's texts."""
-        ids, mask, labels = self._batch(chosen, BATCH)
-        losses = functional.cross_entropy(self._logits(ids, mask), labels, reduction="none", ignore_index=IGNORED)
-        counts = torch.tensor([len(rows) for _, rows in chosen], device=self._device)
-        return losses.view(len(chosen), BATCH).sum(dim=1) / counts
-
-    def _logits(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        states = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
-        weight = mask[:, :, None].to(torch.float32)
-        found: torch.Tensor = self._head((states * weight).sum(dim=1) / weight.sum(dim=1))
-        return found
-
-    def _batch(self, chosen: Sequence[tuple[Table, np.ndarray[Any, Any]]], each: int) -> tuple[torch.Tensor, ...]:
-        """Token ids, mask and labels, `each` texts for each device; those that are missing are one token, no label."""
-        length = max(int(table.lengths[rows].max()) for table, rows in chosen)
-        ids = np.full((len(chosen), each, length), self._padding, np.int64)
-        mask = np.zeros((len(chosen), each, length), np.int64)
-        labels = np.full((len(chosen), each), IGNORED, np.int64)
-        mask[:, :, 0] = 1
-        for at, (table, rows) in enumerate(chosen):
-            width = min(length, table.ids.shape[1])
-            ids[at, : len(rows), :width] = table.ids[rows, :width]
-            mask[at, : len(rows), :width] = table.mask[rows, :width]
-            labels[at, : len(rows)] = table.labels[rows]
-        flat = (ids.reshape(-1, length), mask.reshape(-1, length), labels.reshape(-1))
-        return tuple(torch.from_numpy(values).to(self._device, non_blocking=True) for values in flat)
-
-    def _table(self, texts: Sequence[Labelled]) -> Table:
-        if id(texts) not in self._tables:
-            self._tables[id(texts)] = _tabulated(texts, self._padding)
-        return self._tables[id(texts)]
-
     def _meeting(self, stack: Stack, of: Adapter) -> _Meeting:
         return _Meeting(self._sites, stack, tuple(of), self._device)
-
-
-IGNORED = -100
-
-
-@dataclass(frozen=True, eq=False)
-class Table:
-    """Texts as arrays: ids and mask (texts, longest), lengths and labels (texts,). `texts` keeps them alive."""
-
-    texts: Sequence[Labelled]
-    ids: np.ndarray[Any, Any]
-    mask: np.ndarray[Any, Any]
-    lengths: np.ndarray[Any, Any]
-    labels: np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,21 +223,6 @@ class _Meeting:
     def _frame(self, site: Site, path: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         drawn = CoreLinear(site.base, path, size)
         return drawn.a.detach().to(self._device), drawn.b.detach().to(self._device)
-
-
-def _tabulated(texts: Sequence[Labelled], padding: int) -> Table:
-    lengths = np.asarray([len(text.input_ids) for text in texts])
-    ids = np.full((len(texts), int(lengths.max())), padding, np.int64)
-    for row, text in enumerate(texts):
-        ids[row, : len(text.input_ids)] = text.input_ids
-    mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
-    return Table(texts, ids, mask, lengths, np.asarray([text.label for text in texts]))
-
-
-@lru_cache(maxsize=8192)
-def _chosen(table: Table, step: int, order: int) -> np.ndarray[Any, Any]:
-    # Many lives ask for the same texts.
-    return np.asarray(classify.batch_of(step, table.lengths.tolist(), BATCH, order))
 
 
 def _stacked(adapters: Sequence[Adapter], scaling: float, device: torch.device) -> Stack:

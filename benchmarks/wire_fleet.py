@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ PUBLIC, HELD_OUT = 256, 768
 ALPHA = 0.3
 ROWS = 4000
 """Of a table, at most."""
+T = TypeVar("T")
 Exchange = Callable[[str, Adapter, Adapter], tuple[Adapter, int]]
 """(device, what it received of the slice it trained, its change) → (the change as the server decodes it, bytes)."""
 
@@ -57,6 +59,8 @@ class Fleet:
         held_out: texts of every label that no device has.
         shapes: (d_out, d_in) of each adapted layer.
         learning_rate: at the beginning of each round.
+        taking_part: devices of a round, where not all are.
+        batch: texts of an optimiser step of a device.
     """
 
     classifier: Classifier
@@ -64,6 +68,8 @@ class Fleet:
     held_out: list[Labelled]
     shapes: dict[str, tuple[int, int]]
     learning_rate: float = LEARNING_RATE
+    taking_part: int = 5
+    batch: int = BATCH
 
 
 def examples_in(folder: Path) -> list[Example]:
@@ -119,24 +125,31 @@ def build(
     classify.train_classifier(classifier, public, ClassifierTask(steps=60, learning_rate=1e-12, seed=seed))
     live.detach(classifier.live)
     texts = classify.encode(classifier, private)
-    shares = _dealt(texts, len(classifier.labels), len(ranks), seed, alpha)
+    shares = dealt(texts, [text.label for text in texts], len(ranks), seed, alpha)
     devices = {f"device-{i}": (rank, shares[i]) for i, rank in enumerate(ranks)}
     rate = LEARNING_RATE_EVERY_LINEAR if every_linear else LEARNING_RATE
     return Fleet(classifier, devices, list(classify.encode(classifier, held_out[:HELD_OUT])), shapes, rate)
 
 
-def _dealt(texts: Sequence[Labelled], labels: int, devices: int, seed: int, alpha: float) -> list[list[Labelled]]:
-    """Texts dealt to devices: of each label, shares drawn from Dirichlet(alpha)."""
-    draw = np.random.default_rng(seed)
+def dealt(texts: Sequence[T], kinds: Sequence[int], devices: int, seed: int, alpha: float) -> list[list[T]]:
+    """Texts dealt to devices: of each kind, shares drawn from Dirichlet(alpha).
+
+    Args:
+        texts: one at least.
+        kinds: of each text, from 0.
+        devices: how many there are.
+        seed: of the shares.
+        alpha: infinite for equal shares, and 0 where each kind is on one device; one that gets none has the first text.
+    """
+    draw, count = np.random.default_rng(seed), max(kinds) + 1
+    hands: list[list[T]] = [[] for _ in range(devices)]
     if alpha == 0:
-        owners = draw.permutation(labels)
-        found: list[list[Labelled]] = [[] for _ in range(devices)]
-        for text in texts:
-            found[int(owners[text.label]) % devices].append(text)
-        return [hand or [texts[0]] for hand in found]
-    hands: list[list[Labelled]] = [[] for _ in range(devices)]
-    for label in range(labels):
-        own = [text for text in texts if text.label == label]
+        owners = draw.permutation(count)
+        for text, kind in zip(texts, kinds, strict=True):
+            hands[int(owners[kind]) % devices].append(text)
+        return [hand or [texts[0]] for hand in hands]
+    for kind in range(count):
+        own = [text for text, of in zip(texts, kinds, strict=True) if of == kind]
         parts = np.full(devices, 1 / devices) if math.isinf(alpha) else draw.dirichlet([alpha] * devices)
         edges = np.rint(np.cumsum(parts) * len(own)).astype(int)
         for hand, start, stop in zip(hands, [0, *edges[:-1]], edges, strict=True):

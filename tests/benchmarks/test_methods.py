@@ -75,6 +75,17 @@ def test_every_way_is_a_method_that_can_serve_its_fleet() -> None:
     assert math.isinf(SETTINGS["iid"].alpha)
 
 
+def test_rates_are_chosen_in_the_setting_that_a_setting_names_and_by_its_course() -> None:
+    for name, setting in SETTINGS.items():
+        chosen_in = SETTINGS[setting.tuned_on]
+        assert chosen_in.tuned_on == setting.tuned_on
+        assert (chosen_in.course, chosen_in.causal) == (setting.course, setting.causal), name
+        for way in WAYS:
+            rates = setting.course.rates(way)
+            assert set(rates) & set(setting.course.quick), "a quick run tries no rate"
+            assert not WAYS[way].rank or {rate.exponent for rate in rates} == {0.0}, "an exponent that is a factor"
+
+
 def test_lives_of_one_fleet_go_side_by_side_and_no_more_than_may() -> None:
     orders = [replace(FIRST, seed=seed, rate=rate) for seed in range(2) for rate in (1e-3, 2e-3, 4e-3)]
     found = batches([*orders, replace(FIRST, rounds=9)], 2)

@@ -19,9 +19,11 @@ from benchmarks import wire_fleet
 from benchmarks.methods_fleet import SMALLEST, Life, Rate, Way
 from benchmarks.methods_settings import WAYS
 from benchmarks.together import Judging, Together, Training, side_by_side
+from benchmarks.together_labels import Labels
 from benchmarks.wire_fleet import Fleet
 from edge_runtime.lora.adapter import Adapter, Pair
 from edge_runtime.lora.algebra import cut, fresh_rows
+from edge_runtime.train.classify import Labelled
 from edge_runtime.train.terms import tail
 from server import aggregators
 
@@ -102,7 +104,8 @@ def wanted_of(fleet: Fleet) -> list[Training]:
 def alone(fleet: Fleet, one: Training) -> Adapter:
     terms = [tail(one.kept, one.penalty, fleet.classifier.live.scaling)] if one.penalty else []
     with wire_fleet.attached(fleet, one.seen, one.rows) as found:
-        moved, _ = wire_fleet.train(found, one.texts, one.steps, one.order, one.rate, terms, one.factors)
+        texts = [text for text in one.texts if isinstance(text, Labelled)]
+        moved, _ = wire_fleet.train(found, texts, one.steps, one.order, one.rate, terms, one.factors)
     return moved
 
 
@@ -111,7 +114,7 @@ def test_each_device_learns_what_it_would_learn_alone(data: Path, encoder: Path,
     fleet = fleet_of(data, encoder)
     wanted = wanted_of(fleet)
     expected = [alone(fleet, one) for one in wanted]
-    found = Together(fleet, devices=devices).train(wanted)
+    found = Together(Labels(fleet), devices).train(wanted)
     for at, (theirs, ours) in enumerate(zip(expected, found, strict=True)):
         assert theirs.sizes == ours.sizes
         for name, pair in theirs.items():
@@ -126,7 +129,7 @@ def test_an_adapter_is_judged_as_it_is_alone(data: Path, encoder: Path) -> None:
     fleet = fleet_of(data, encoder)
     adapter = adapter_of(fleet.shapes, 4, 3)
     expected = wire_fleet.evaluate(fleet, adapter)
-    assert Together(fleet).judge(Judging(adapter, fleet.held_out)) == pytest.approx(expected, rel=1e-5)
+    assert Together(Labels(fleet)).judge(Judging(adapter, fleet.held_out)) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("method", sorted(aggregators.METHODS))
@@ -139,7 +142,7 @@ def test_a_fleet_of_every_method_learns(data: Path, encoder: Path, method: str) 
     life = Life(fleet, way, steps=4, seed=0, rate=rate)
     zero = Adapter({name: cut(pair, 1) for name, pair in adapter_of(fleet.shapes, 1, 0).items()})
     idle = Adapter({name: Pair(pair.a, np.zeros_like(pair.b)) for name, pair in zero.items()})
-    engine = Together(fleet)
+    engine = Together(Labels(fleet))
     before, _ = engine.judge(Judging(idle, fleet.held_out))
     [ended] = side_by_side([life.run(3, 1)], engine)
     losses = [point.loss for point in ended.rounds.values()]
@@ -155,7 +158,7 @@ def test_lives_side_by_side_are_what_they_are_alone(data: Path, encoder: Path) -
     def ends(ways: list[Way]) -> list[Any]:
         fleet = fleet_of(data, encoder)
         lives = [Life(fleet, way, steps=2, seed=0, rate=Rate(5e-3, 0.5)).run(2, 1) for way in ways]
-        return side_by_side(lives, Together(fleet))
+        return side_by_side(lives, Together(Labels(fleet)))
 
     together = ends(ways)
     for way, found in zip(ways, together, strict=True):
@@ -168,6 +171,6 @@ def test_a_fleet_that_diverges_ends_and_the_others_go_on(data: Path, encoder: Pa
     fleet = fleet_of(data, encoder)
     rates = (Rate(1e-3, 0.0), Rate(1e38, 0.0))
     lives = [Life(fleet, Way("increment"), steps=3, seed=0, rate=rate).run(2, 1) for rate in rates]
-    good, bad = side_by_side(lives, Together(fleet))
+    good, bad = side_by_side(lives, Together(Labels(fleet)))
     assert np.isfinite(good.rounds[2].loss)
     assert bad.personal.loss == np.inf
