@@ -3,7 +3,7 @@
     python -m benchmarks.simulation_real '{"clients": 4, "rounds": 2, "steps": 8, …}'
 
 prints one JSON object. Overhead is what a simulation takes beside the training itself: of the seconds from the fleet's
-file to its tables, those that are neither inside `loop.train_round` or `loop.evaluate` (forward, backward, optimiser)
+file to its tables, those that are neither inside `loop.train_round` or `evaluating.evaluate` (forward, backward, optimiser)
 nor go to the reading of the base, which a training without a simulator reads as well. So the reading and tokenising of
 examples, encoding and decoding, messages, merges, the store, the event log and the tables are all overhead.
 """
@@ -98,14 +98,14 @@ class Watch:
 
 def measure(run: Run) -> dict[str, Any]:
     """Simulate, and say what it took."""
-    from edge_runtime.train import loop  # noqa: PLC0415 - a parent of such processes needs no torch
+    from edge_runtime.train import evaluating, loop  # noqa: PLC0415 - a parent of such processes needs no torch
     from simulation import real  # noqa: PLC0415 - as above
 
     watch = Watch()
     with (
         tempfile.TemporaryDirectory() as folder,
         watch.on("training", loop, "train_round"),
-        watch.on("evaluating", loop, "evaluate"),
+        watch.on("evaluating", evaluating, "evaluate"),
         watch.on("loading", real, "prepare"),
         watch.on("loading", real, "load"),
     ):
