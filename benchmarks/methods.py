@@ -12,7 +12,8 @@ all of a smaller grid in all rounds. A method that needs equal ranks has every d
 reference: every device at the largest rank, and one device with all texts. A life is judged by the mean held-out loss
 of its last four rounds. `increment_vs_homogeneous` is that of `increment` over that of itself at the largest rank
 everywhere, over settings with ranks 2 to 32, and `wins_over_x` the share of settings in which the loss of `increment`
-is lower than that of x with 95 % intervals that do not overlap.
+is lower than that of x with 95 % intervals that do not overlap. `falling_…` says the same of these ways with
+a rate that falls over the fleet's rounds, each at its own best one.
 
 The lives of one seed in one setting go through the model side by side (`together`), several fleets in
 processes of their own; with --keep, lives that have ended are kept there and not run again.
@@ -36,9 +37,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.methods_fleet import LARGEST, LAST, Rate
+from benchmarks.methods_fleet import LARGEST, LAST, Rate, Way
 from benchmarks.methods_lives import Order, Place, live
-from benchmarks.methods_settings import OURS, RIVALS, SAME, SETTINGS, TUNING_SEED, UNEQUAL, WAYS
+from benchmarks.methods_settings import OURS, RIVALS, SAME, SETTINGS, TUNING_SEED, UNEQUAL, WAYS, falling
 from benchmarks.result import Goal, result
 from benchmarks.slices import interval
 
@@ -220,30 +221,43 @@ def by_way(lives: Lives, setting: str, take: Callable[[Order, Mapping[str, Any]]
 
 
 def figures(lives: Lives, settings: Sequence[str]) -> dict[str, Any]:
-    """What the RESULT line says: `table` is setting → way → mean loss, its 95 % interval, and numbers sent up."""
+    """What the RESULT line says: `table` is setting → way → mean loss, its 95 % interval, and numbers sent up.
+
+    What is said of `increment` and others at one rate in all rounds is said again, as `falling_…`, at rates that fall.
+    """
     told: dict[str, dict[str, tuple[float, float | None, int]]] = {}
-    wins: dict[str, list[bool]] = {}
-    ratios: list[float] = []
+    losses = {setting: by_way(lives, setting, loss_of) for setting in settings}
     for setting in settings:
-        losses = by_way(lives, setting, loss_of)
         sent = by_way(lives, setting, lambda _order, life: float(life["numbers_up"]))
         told[setting] = {
             way: (round(statistics.mean(found), 4), _interval(found), round(statistics.mean(sent[way])))
-            for way, found in losses.items()
+            for way, found in losses[setting].items()
         }
-        ours = losses.get(OURS.name, [])
-        if ours and SAME.name in losses and _from_two_to_largest(setting):
-            ratios += [mine / same for mine, same in zip(ours, losses[SAME.name], strict=True)]
-        for rival in RIVALS:
-            if ours and rival.name in losses:
-                wins.setdefault(rival.method, []).append(_better(ours, losses[rival.name]))
-    found: dict[str, Any] = {"settings": len(settings), "table": told}
+    found = {"settings": len(settings), "table": told} | _against(losses, OURS, SAME, RIVALS)
+    fall = _against(losses, falling(OURS), falling(SAME), [falling(rival) for rival in RIVALS])
+    return found | {f"falling_{name}": figure for name, figure in fall.items()}
+
+
+def _against(
+    losses: Mapping[str, Mapping[str, Sequence[float]]], ours: Way, same: Way, rivals: Sequence[Way]
+) -> dict[str, Any]:
+    """How a way compares with itself at the largest rank everywhere, and with others, over settings."""
+    wins: dict[str, list[bool]] = {}
+    ratios: list[float] = []
+    for setting, found in losses.items():
+        mine = found.get(ours.name, [])
+        if mine and same.name in found and _from_two_to_largest(setting):
+            ratios += [one / other for one, other in zip(mine, found[same.name], strict=True)]
+        for rival in rivals:
+            if mine and rival.name in found:
+                wins.setdefault(rival.method, []).append(_better(mine, found[rival.name]))
+    told: dict[str, Any] = {}
     if ratios:
-        found["increment_vs_homogeneous"] = round(statistics.mean(ratios), 4)
-        found["increment_vs_homogeneous_95"] = _interval(ratios)
+        told |= {"increment_vs_homogeneous": round(statistics.mean(ratios), 4)}
+        told |= {"increment_vs_homogeneous_95": _interval(ratios)}
     if wins:
-        found["increment_wins"] = round(statistics.mean(win for of_one in wins.values() for win in of_one), 3)
-    return found | {f"wins_over_{name}": round(statistics.mean(of_one), 3) for name, of_one in wins.items()}
+        told["increment_wins"] = round(statistics.mean(win for of_one in wins.values() for win in of_one), 3)
+    return told | {f"wins_over_{name}": round(statistics.mean(of_one), 3) for name, of_one in wins.items()}
 
 
 def _from_two_to_largest(setting: str) -> bool:

@@ -24,6 +24,7 @@ from edge_runtime.lora import pruning, slices
 from edge_runtime.lora.adapter import Adapter, LayerSlot, Pair, Slot
 from edge_runtime.lora.algebra import changed, cut, fresh_rows, take
 from edge_runtime.lora.factors import exchanged, numbers_in, only
+from edge_runtime.schedule import rate_in
 from edge_runtime.train.cores import CORE
 from edge_runtime.wire import codec
 from server import aggregators
@@ -65,6 +66,7 @@ class Way:
             method says of it; "" for what it says.
         central: whether one device has all texts, and takes the steps of all that would take part.
         slice: the policy by which devices choose what they train, where the method leaves that to them.
+        falls: how the learning rate falls from round to round; see `edge_runtime.schedule`.
     """
 
     method: str
@@ -72,6 +74,7 @@ class Way:
     holds: Literal["", "prefix", "all"] = ""
     central: bool = False
     slice: str = "top"
+    falls: str = "constant"
 
     @property
     def name(self) -> str:
@@ -79,6 +82,7 @@ class Way:
         more = ["smallest rank"] if self.rank == SMALLEST else [f"rank {self.rank}"] if self.rank else []
         more += {"": [], "prefix": ["prefix only"], "all": ["holds all"]}[self.holds]
         more += [self.slice] if self.slice != "top" else []
+        more += [f"{self.falls} fall"] if self.falls != "constant" else []
         more += ["centralised"] if self.central else []
         return ", ".join([self.method, *more])
 
@@ -159,7 +163,7 @@ class Life:
             self.devices[name] = Device(found, rest or list(texts), own)
         self.largest = max(device.rank for device in self.devices.values())
         self.seen_by_each = fleet.held_out[:SEEN_BY_EACH]
-        self.numbers_up = self.numbers_down = 0
+        self.numbers_up = self.numbers_down = self.rounds = 0
 
     def run(self, rounds: int, every: int, *, whole: bool = True) -> Asking:
         """All rounds, and what they came to; losses are infinite from the round on in which a device diverged.
@@ -169,6 +173,7 @@ class Life:
             every: judge the global model each so many rounds, and after the last ones.
             whole: judge what devices hold and their personal models as well; without a global product, it is done.
         """
+        self.rounds = rounds
         state, points, seconds = self.method.init(self._shapes(), self._rank(), self.seed), {}, 0.0
         for number in range(1, rounds + 1):
             sent = self._sent(state)
@@ -244,11 +249,16 @@ class Life:
             device.texts,
             steps,
             self.seed * 1000 + number,
-            self.rate.largest * (LARGEST / device.rank) ** self.rate.exponent,
+            self._rate(device, number),
             self.method.asks(number).trained,
             facts.get("kept", 1.0),
             facts.get("tail_penalty", 0.0),
         )
+
+    def _rate(self, device: Device, number: int) -> float:
+        """The learning rate of a device in a round; after the last one, where it trains for itself, all of it."""
+        share = rate_in(number, rounds=self.rounds, schedule=self.way.falls) if number <= self.rounds else 1.0
+        return float(share * self.rate.largest * (LARGEST / device.rank) ** self.rate.exponent)
 
     def _update(self, name: str, begun: slices.Slices, moved: Adapter, number: int) -> Update:
         device, asks = self.devices[name], self.method.asks(number)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.methods_fleet import LARGEST, SMALLEST, Rate, Way
 
@@ -45,7 +45,7 @@ class Course:
 
 
 _ALIKE = {0.0: (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)}
-_UNLIKE = {**_ALIKE, 0.5: (1e-3, 2e-3, 4e-3), 0.75: (5e-4, 1e-3, 2e-3)}
+_UNLIKE = {**_ALIKE, 0.5: (1e-3, 2e-3, 4e-3), 0.75: (5e-4, 1e-3, 2e-3, 4e-3)}
 LABELS = Course(
     24, 12, 2, 8,
     {0: _grid(_UNLIKE), SMALLEST: _grid(_ALIKE), LARGEST: _grid(_ALIKE)},
@@ -108,6 +108,13 @@ HOLDING = ("svd", "zero_pad", "rbla", "raflora")
 OURS, SAME = Way("increment"), Way("increment", LARGEST)
 CENTRAL = Way("increment", LARGEST, central=True)
 RIVALS = (Way("svd"), Way("hetlora"), Way("flora"))
+
+
+def falling(way: Way) -> Way:
+    """The same with a learning rate that falls over the fleet's rounds."""
+    return replace(way, falls="linear")
+
+
 WAYS: Mapping[str, Way] = {
     way.name: way
     for way in (
@@ -122,5 +129,6 @@ WAYS: Mapping[str, Way] = {
         SAME,
         Way("increment", LARGEST, slice="fresh"),
         CENTRAL,
+        *(falling(way) for way in (OURS, *RIVALS, SAME)),
     )
 }

@@ -3,9 +3,10 @@
     python -m benchmarks.simulation_real '{"clients": 4, "rounds": 2, "steps": 8, …}'
 
 prints one JSON object. Overhead is what a simulation takes beside the training itself: of the seconds from the fleet's
-file to its tables, those that are neither inside `loop.train_round` or `evaluating.evaluate` (forward, backward, optimiser)
-nor go to the reading of the base, which a training without a simulator reads as well. So the reading and tokenising of
-examples, encoding and decoding, messages, merges, the store, the event log and the tables are all overhead.
+file to its tables, those that are neither inside `loop.train_round` or `evaluating.evaluate` (forward, backward,
+optimiser) nor go to the reading of the base, which a training without a simulator reads as well. So the reading and
+tokenising of examples, encoding and decoding, messages, merges, the store, the event log and the tables are all
+overhead.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +17,9 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from benchmarks.methods import Runner, batches, figures, finalists, tuned
-from benchmarks.methods_fleet import SMALLEST, Rate
+from benchmarks.methods_fleet import SMALLEST, Life, Rate
 from benchmarks.methods_lives import Order, Place
-from benchmarks.methods_settings import EQUAL, OURS, RIVALS, SAME, SETTINGS, WAYS
+from benchmarks.methods_settings import EQUAL, OURS, RIVALS, SAME, SETTINGS, WAYS, falling
 from server import aggregators
 
 pytestmark = pytest.mark.torch
@@ -57,6 +58,30 @@ def test_a_win_needs_intervals_that_do_not_overlap(theirs: tuple[float, ...], wi
     told = figures(lives, ["pilot"])
     assert told[f"wins_over_{rival.method}"] == wins
     assert told["increment_vs_homogeneous"] == 1.0
+
+
+def test_ways_whose_rates_fall_are_compared_with_each_other_alone() -> None:
+    fall = {way: falling(way).name for way in (OURS, SAME, *RIVALS)}
+    lives = {replace(FIRST, way=fall[OURS], seed=seed): life(0.2 + seed / 100) for seed in range(3)}
+    lives |= {replace(FIRST, way=fall[SAME], seed=seed): life(0.1 + seed / 200) for seed in range(3)}
+    lives |= {replace(FIRST, way=fall[RIVALS[0]], seed=seed): life(0.9 + seed / 100) for seed in range(3)}
+    lives |= {replace(FIRST, seed=seed): life(2.0) for seed in range(3)}
+    told = figures(lives, ["pilot"])
+    assert told["falling_increment_vs_homogeneous"] == 2.0
+    assert told[f"falling_wins_over_{RIVALS[0].method}"] == 1.0
+    assert "increment_vs_homogeneous" not in told
+
+
+@pytest.mark.parametrize("falls", ["constant", "linear"])
+def test_a_rate_that_falls_is_whole_in_the_first_round_and_for_personal_models(falls: str) -> None:
+    fleet = SimpleNamespace(devices={"a": (8, [1, 2, 3, 4, 5, 6])}, held_out=[], taking_part=1, shapes={})
+    life_of = Life(fleet, replace(OURS, falls=falls), steps=1, seed=0, rate=Rate(0.01, 0.5))
+    life_of.rounds = 4
+    device = life_of.devices["a"]
+    found = [life_of._rate(device, number) for number in (1, 2, 3, 4, 5)]
+    whole = 0.01 * 2.0  # rank 8 of 32, to the power of a half
+    shares = [1, 0.75, 0.5, 0.25, 1] if falls == "linear" else [1] * 5
+    assert found == pytest.approx([whole * share for share in shares])
 
 
 def test_lives_that_are_kept_are_not_run_again(tmp_path: Path) -> None:
