@@ -26,6 +26,7 @@ from edge_runtime.lora.algebra import cut, fresh_rows
 from edge_runtime.train.classify import Labelled
 from edge_runtime.train.terms import tail
 from server import aggregators
+from tests.benchmarks.learnt import assert_as_alone
 
 pytestmark = pytest.mark.torch
 
@@ -115,13 +116,7 @@ def test_each_device_learns_what_it_would_learn_alone(data: Path, encoder: Path,
     wanted = wanted_of(fleet)
     expected = [alone(fleet, one) for one in wanted]
     found = Together(Labels(fleet), devices).train(wanted)
-    for at, (theirs, ours) in enumerate(zip(expected, found, strict=True)):
-        assert theirs.sizes == ours.sizes
-        for name, pair in theirs.items():
-            for factor in ("a", "b"):
-                want, got = getattr(pair, factor), getattr(ours[name], factor)
-                largest = np.abs(want).max()
-                assert np.abs(want - got).max() <= 2e-3 * largest + 1e-7, f"device {at}, {name}.{factor}"
+    assert_as_alone(expected, found, noise=1e-7)
     assert not found[3]["encoder.layer.0.attention.self.query"].a.any()
 
 

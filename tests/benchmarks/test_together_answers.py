@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -27,6 +26,7 @@ from edge_runtime.train.data import Tokenised
 from edge_runtime.train.fresh import slot_for
 from edge_runtime.train.loss import completion_loss
 from edge_runtime.train.terms import tail
+from tests.benchmarks.learnt import assert_as_alone
 from tests.train import tiny
 
 pytestmark = pytest.mark.torch
@@ -90,13 +90,7 @@ def test_each_device_learns_what_the_product_would_teach_it_alone(fleet: Fleet, 
     wanted = wanted_of(fleet)
     expected = [alone(fleet, one) for one in wanted]
     found = Together(Answers(fleet), devices).train(wanted)
-    for at, (theirs, ours) in enumerate(zip(expected, found, strict=True)):
-        assert theirs.sizes == ours.sizes
-        for name, pair in theirs.items():
-            for factor in ("a", "b"):
-                want, got = getattr(pair, factor), getattr(ours[name], factor)
-                largest = np.abs(want).max()
-                assert np.abs(want - got).max() <= 2e-3 * largest + 1e-6, f"device {at}, {name}.{factor}"
+    assert_as_alone(expected, found, noise=1e-6)
 
 
 def test_an_adapter_is_judged_by_the_tokens_of_answers(fleet: Fleet) -> None:
