@@ -324,6 +324,7 @@ def test_the_config_names_all_that_a_directive_says(make: Callable[..., Bench]) 
     found, config = bench.directive, bench.config
     assert isinstance(config, Config)
     whole = {"factors": "ab", "kept": 1.0, "tail_penalty": 0.0}
-    assert found.training.model_dump() == {**config.training.model_dump(exclude={"personal_steps", "fleet_schedule"}), **whole}
+    training = config.training.model_dump(exclude={"personal_steps", "fleet_schedule"})
+    assert found.training.model_dump() == {**training, **whole}
     assert (found.adapter.scaling, found.codec, found.num_rounds) == (1.5, "fp16", 2)
     assert (found.adapter.slice, found.adapter.allocation) == ("rotating", "spectrum")
