@@ -32,6 +32,10 @@ DEVICES = (
 )
 
 
+PLANNED_ONLY = ("simulation.trainer=surrogate", "simulation.base=SmolLM2-135M")
+"""A base whose shapes are known and whose files are not wanted."""
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     """Sixty labelled texts, one of them with a line separator of Unicode, which ends no row."""
@@ -132,7 +136,7 @@ def test_the_verb_tells_who_joins_with_what(tmp_path: Path, file: Path, capsys: 
 
 def test_simulated_devices_heed_what_their_owners_insist_on(file: Path) -> None:
     """The plan is that of the device's own file, made by the same planner."""
-    config, simulation = loaded(file, "device.precision=int8", "simulation.trainer=surrogate")
+    config, simulation = loaded(file, "device.precision=int8", *PLANNED_ONLY)
     card, method = find_card(simulation.base), aggregators.build("increment")
     spec, training = spec_of(config, method, rank_of(config, method)), people.training_of(config)
     planning = Planning(config, simulation, card, None)
@@ -152,7 +156,7 @@ def test_simulated_devices_heed_what_their_owners_insist_on(file: Path) -> None:
 
 def test_shorter_examples_take_less_of_the_steps_time(file: Path) -> None:
     def seconds(*overrides: str) -> list[float]:
-        config, simulation = loaded(file, "adapter.max_length=128", *overrides)
+        config, simulation = loaded(file, "adapter.max_length=128", *PLANNED_ONLY, *overrides)
         method = aggregators.build("increment")
         spec, training = spec_of(config, method, rank_of(config, method)), people.training_of(config)
         planning = Planning(config, simulation, find_card(simulation.base), None)
