@@ -81,4 +81,5 @@ ENERGIES = {"J": 1.0, "kJ": 1e3, "Wh": 3600.0, "kWh": 3.6e6, "MWh": 3.6e9}
 def worded(value: float, units: Mapping[str, float]) -> str:
     """A quantity in the unit that fits, such as `3.2 h`."""
     name, size = scaled(value, units)
-    return f"{value / size:,.3g} {name}".rstrip()
+    # Three figures and no exponent: of a unit there may be more than a thousand.
+    return f"{float(f'{value / size:.3g}'):,.10g} {name}".rstrip()

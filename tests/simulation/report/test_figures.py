@@ -178,6 +178,9 @@ def test_a_fleet_that_never_began_can_be_drawn(draw: Any) -> None:
         (5400.0, style.TIMES, "1.5 h"),
         (0.0, style.TIMES, "0 s"),
         (12.0, {"": 1.0}, "12"),
+        (1122.3, style.ENERGIES, "1,120 J"),
+        (999.9, style.ENERGIES, "1,000 J"),
+        (0.0123456, style.TIMES, "0.0123 s"),
     ],
 )
 def test_quantities_have_the_unit_that_fits(value: float, units: dict[str, float], words: str) -> None:
