@@ -88,14 +88,14 @@ test-torch-free: ## the rooms that need no torch, from the base install on Pytho
 	@test ! -e $(READY310) || $(PYTEST310) $(SPREAD) -m "$(TORCH_FREE)" $(TORCH_FREE_TESTS)
 
 test-transformers5: $(READY_OVERLAY) ## the torch tests against transformers 5, laid over .venv
-	@PYTHONPATH=$(OVERLAY) $(BIN)/python -c 'import sys, transformers as found; \
+	@PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/python -c 'import sys, transformers as found; \
 	    print("transformers", found.__version__, "from", found.__file__); \
 	    sys.exit(0 if found.__version__.startswith("5.") else "expected transformers 5 from $(OVERLAY); run: make clean")'
-	PYTHONPATH=$(OVERLAY) $(PYTEST) -q $(SPREAD) -m "$(FAST)" tests/train tests/export
-	PYTHONPATH=$(OVERLAY) $(PYTEST) -m "(story or model) and not slow and not gpu" tests/train tests/export
+	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(PYTEST) -q $(SPREAD) -m "$(FAST)" tests/train tests/export
+	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(PYTEST) -m "(story or model) and not slow and not gpu" tests/train tests/export
 
 test-ray: $(READY_RAY) ## merges and simulations on a Ray cluster of this machine, Ray laid over .venv
-	PYTHONPATH=$(OVERLAY_RAY) $(PYTEST) -k "ray or cluster" tests/server/test_engines.py tests/simulation/test_engines.py
+	PYTHONPATH=$(CURDIR)/$(OVERLAY_RAY) $(PYTEST) -k "ray or cluster" tests/server/test_engines.py tests/simulation/test_engines.py
 
 peers: $(READY_FLOWER) ## Flower beside .venv, for `python -m benchmarks.simulation`
 
