@@ -82,7 +82,7 @@ class _Clients:
 
         self._plan = _plan(toy)
         config, simulation = self._plan.config, self._plan.simulation
-        self._data, _ = examples.dealt(config, simulation, [simulation.examples] * toy.clients)
+        self._data = examples.dealt(config, simulation, [simulation.examples] * toy.clients).devices
         recipe = Recipe(simulation, config.device.eval_fraction, config.device.eval_examples)
         self._trainers = RealTrainers(recipe)
 

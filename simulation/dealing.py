@@ -50,7 +50,7 @@ def deal(config: Config, simulation: Simulation, folder: Path) -> list[Dealt]:
         DataError: examples that cannot be read, or a device without any.
     """
     _check(simulation)
-    data, _ = examples.dealt(config, simulation, people.sizes_of(simulation))
+    data = examples.dealt(config, simulation, people.sizes_of(simulation)).devices
     rows = [row for path in files_of(simulation) for row in examples.read(path)]
     members = [(group, number) for group in simulation.devices for number in range(group.count)]
     return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -59,17 +60,23 @@ def read(path: Path) -> list[dict[str, object]]:
     return found
 
 
-def class_numbers(simulation: Simulation) -> list[int]:
-    """The class of each example, by its place among their names in order."""
-    names = load(simulation)[1]
-    places = {name: place for place, name in enumerate(sorted(set(names)))}
-    return [places[name] for name in names]
+@dataclass(frozen=True)
+class Hands:
+    """The examples of a fleet.
+
+    Attributes:
+        devices: of each, the numbers of its examples, and how many it trains on.
+        shares: of each class, its share of all examples; classes are in the order of their names.
+        classes: of each example, the place of its class.
+    """
+
+    devices: Sequence[tuple[tuple[int, ...], int]]
+    shares: Sequence[float]
+    classes: Sequence[int]
 
 
-def dealt(
-    config: Config, simulation: Simulation, sizes: Sequence[int]
-) -> tuple[list[tuple[tuple[int, ...], int]], Sequence[float]]:
-    """Of each device, the numbers of its examples and how many it trains on; and the shares of the classes.
+def dealt(config: Config, simulation: Simulation, sizes: Sequence[int]) -> Hands:
+    """Deal the examples to the devices.
 
     Args:
         config: the fleet's file: says what is held out, and how many examples a device takes at most.
@@ -81,7 +88,11 @@ def dealt(
     """
     examples, classes = load(simulation)
     names = sorted(set(classes))
-    members = [[number for number, found in enumerate(classes) if found == name] for name in names]
+    members: list[list[int]] = [[] for _ in names]
+    order = {name: place for place, name in enumerate(names)}
+    places = [order[name] for name in classes]
+    for number, place in enumerate(places):
+        members[place].append(number)
     whole = np.asarray(sizes, np.int64)
     if whole.sum() > len(examples):
         whole = partition.apportioned((whole / whole.sum())[None, :], np.asarray([len(examples)], np.int64))[0]
@@ -99,5 +110,4 @@ def dealt(
                 "needed; give more data, fewer devices, or another [simulation.partition]"
             )
         found.append((mine, len(data.split(own, fraction=config.device.eval_fraction)[0])))
-    shares = [len(numbers) / len(examples) for numbers in members]
-    return found, shares
+    return Hands(found, [len(numbers) / len(examples) for numbers in members], places)

@@ -70,7 +70,7 @@ class People:
         self._sites = {name: (_way(site.up_mbit_s), _way(site.down_mbit_s)) for name, site in simulation.sites.items()}
         self._files: dict[Path, Mapping[str, Sequence[Span]]] = {}
         members = [(group, number) for group in groups for number in range(group.settings.count)]
-        data, self.shares = _data(config, simulation, sizes_of(simulation))
+        data, self.shares, self.classes = _data(config, simulation, sizes_of(simulation))
         self.people = [
             self._person(group, number, *found) for (group, number), found in zip(members, data, strict=True)
         ]
@@ -104,23 +104,17 @@ def _charge(battery: Battery) -> Charge:
 
 def _data(
     config: Config, simulation: Simulation, sizes: Sequence[int]
-) -> tuple[list[tuple[tuple[int, ...], int]], Sequence[float]]:
-    """Of each device, its data and how many examples it trains on; and the fleet's shares of the classes."""
+) -> tuple[Sequence[tuple[tuple[int, ...], int]], Sequence[float], Sequence[int] | None]:
+    """Of each device, its data and how many examples it trains on; the fleet's shares of the classes; and `classes`."""
     if simulation.trainer == "real":
         from simulation import examples  # noqa: PLC0415  it reads files as the real trainer does
 
-        return examples.dealt(config, simulation, sizes)
+        hands = examples.dealt(config, simulation, sizes)
+        return hands.devices, hands.shares, hands.classes
     counts = partition.counts(simulation.partition, sizes, simulation.classes, simulation.seed)
     total = counts.sum(axis=0)
     rows = [tuple(map(int, row)) for row in counts]
-    return [(row, sum(row)) for row in rows], [float(share) for share in total / total.sum()]
-
-
-def classes_of(simulation: Simulation) -> list[int]:
-    """The class of each example of a simulation with real training."""
-    from simulation import examples  # noqa: PLC0415  as above
-
-    return examples.class_numbers(simulation)
+    return [(row, sum(row)) for row in rows], [float(share) for share in total / total.sum()], None
 
 
 def row_of(device: Device, now: float) -> DeviceRow:

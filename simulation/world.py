@@ -139,7 +139,7 @@ class World:
         thresholds = Thresholds(governor.pause_below_battery or None, governor.resume_above_battery or None)
         self._around = Surroundings(
             config, simulation.seed, clock, host, engine, planning, thresholds, log, self._trained, Spent(),
-            patience / 3, None, {}, None if self._problem else people.classes_of(simulation),
+            patience / 3, None, {}, fleet.classes,
         )  # fmt: skip
         self._devices = {person.name: Device(person, self._around) for person in fleet.people}
         host.begin()

@@ -70,14 +70,14 @@ def test_each_device_gets_the_examples_that_its_twin_has(tmp_path: Path, file: P
 def test_most_examples_of_a_device_are_the_same_ones_both_ways(tmp_path: Path, file: Path) -> None:
     config, simulation = loaded(file, "device.max_examples=5")
     whole, _ = examples.load(simulation)
-    (mine, _), *_ = examples.dealt(config, simulation, people.sizes_of(simulation))[0]
+    (mine, _), *_ = examples.dealt(config, simulation, people.sizes_of(simulation)).devices
     dealt = dealing.deal(config, simulation, tmp_path / "dealt")
 
     assert len(mine) == 5
     own = fleets.load(dealt[0].configuration).device
     assert data.load_examples(own.data, limit=own.max_examples) == [whole[number] for number in mine]
     untouched = loaded(file)
-    every = examples.dealt(*untouched, people.sizes_of(simulation))[0][0][0]
+    every = examples.dealt(*untouched, people.sizes_of(simulation)).devices[0][0]
     assert [whole[number] for number in mine] == [
         [whole[number] for number in every][index]
         for index in data.sampled([whole[number] for number in every], 5)
