@@ -62,16 +62,14 @@ def deal(config: Config, simulation: Simulation, folder: Path) -> list[Dealt]:
 
 
 def _check(simulation: Simulation) -> None:
-    for wrong, found, instead in (
-        (simulation.trainer == "surrogate", "trainer = 'surrogate' has no examples", "trainer = 'real' with data"),
-        (
-            simulation.precision is not None,
-            "precision loads one base for all devices, whatever their plans say",
-            "[device] precision, or that of a group's owner",
-        ),
-    ):
-        if wrong:
-            raise ConfigError(f"nothing can be dealt to real devices: [simulation] {found}; expected {instead}")
+    refused = "nothing can be dealt to real devices: [simulation]"
+    if simulation.trainer == "surrogate":
+        raise ConfigError(f"{refused} trainer = 'surrogate' has no examples; expected trainer = 'real' with data")
+    if simulation.precision is not None:
+        raise ConfigError(
+            f"{refused} precision loads one base for all devices, whatever their plans say; expected [device] "
+            "precision, or that of a group's owner"
+        )
 
 
 def _handed_out(

@@ -41,10 +41,10 @@ def efforts(story: Story) -> list[Effort]:
     seconds: dict[str, list[float]] = defaultdict(list)
     for (device, _), spent in rounds.items():
         seconds[groups[device]].append(spent)
-    joules: Counter[str] = Counter()
+    joules: dict[str, float] = defaultdict(float)
     for device, spent in story.joules.items():
         if device in groups:
-            joules[groups[device]] += spent  # type: ignore[assignment]  # a Counter of floats
+            joules[groups[device]] += spent
     updates = Counter(groups[arrival.device] for arrival in story.arrivals if arrival.device in groups)
     return [
         Effort(group, tuple(sorted(seconds[group])), joules[group], updates[group])
