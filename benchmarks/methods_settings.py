@@ -107,6 +107,7 @@ HOLDING = ("svd", "zero_pad", "rbla", "raflora")
 """Methods whose merge looks at what was trained alone, so that their devices may as well hold more."""
 OURS, SAME = Way("increment"), Way("increment", LARGEST)
 CENTRAL = Way("increment", LARGEST, central=True)
+FRESH, SAME_FRESH = Way("increment", slice="fresh"), Way("increment", LARGEST, slice="fresh")
 RIVALS = (Way("svd"), Way("hetlora"), Way("flora"))
 
 
@@ -119,7 +120,7 @@ WAYS: Mapping[str, Way] = {
     way.name: way
     for way in (
         OURS,
-        Way("increment", slice="fresh"),
+        FRESH,
         Way("increment", holds="prefix"),
         *RIVALS,
         *(Way(name) for name in UNEQUAL_ONES),
@@ -127,8 +128,8 @@ WAYS: Mapping[str, Way] = {
         *(Way(name, SMALLEST) for name in EQUAL),
         Way("fedit", LARGEST),
         SAME,
-        Way("increment", LARGEST, slice="fresh"),
+        SAME_FRESH,
         CENTRAL,
-        *(falling(way) for way in (OURS, *RIVALS, SAME)),
+        *(falling(way) for way in (OURS, *RIVALS, SAME, FRESH, SAME_FRESH, Way("fedex_lora", SMALLEST))),
     )
 }

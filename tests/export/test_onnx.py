@@ -214,6 +214,23 @@ def test_a_missing_exporter_says_how_to_install_it(lora: Live, monkeypatch: pyte
         onnx.refuse(lora.subject)
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(NotImplementedError(), "NotImplementedError"), (ValueError("no such operator\nof opset 18"), "no such operator")],
+)
+def test_a_model_that_cannot_be_traced_says_why_in_one_line(
+    lora: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+) -> None:
+    import optimum.exporters.onnx  # noqa: PLC0415 - an extra
+
+    def failing(*_arguments: object, **_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(optimum.exporters.onnx, "main_export", failing)
+    with pytest.raises(ExportError, match=f"found: {told}; export it as merged or peft"):
+        onnx.write(lora.subject, tmp_path)
+
+
 def test_a_file_that_is_no_graph_is_an_export_error(lora: Live, tmp_path: Path) -> None:
     (tmp_path / onnx_graph.GRAPH).write_bytes(b"nonsense")
     with pytest.raises(ExportError, match="expected ONNX Runtime to load"):
