@@ -1,28 +1,29 @@
-"""Draws what `benchmarks.methods` found: all ways in one setting, some of them over rounds and in all settings."""
+"""Draws what `benchmarks.methods` found: all ways in one setting, some of them over rounds and in all settings.
+
+Ways whose learning rate falls from round to round have a picture of their own, of the same three panels.
+"""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 
-from benchmarks.methods_settings import CENTRAL, OURS, RIVALS, SAME, SETTINGS
+from benchmarks.methods_settings import CENTRAL, OURS, RIVALS, SAME, SETTINGS, WAYS, falling
 
 if TYPE_CHECKING:
     from benchmarks.methods import Lives
+    from benchmarks.methods_fleet import Way
 
 mpl.use("Agg")
 
 from matplotlib import pyplot as plt
 
-SHOWN = {
-    OURS.name: "#c0392b",
-    SAME.name: "#2c3e50",
-    **dict(zip((w.name for w in RIVALS), ("#2980b9", "#8e44ad", "#27ae60"), strict=True)),
-}
+COLORS = dict(zip((OURS, SAME, *RIVALS), ("#c0392b", "#2c3e50", "#2980b9", "#8e44ad", "#27ae60"), strict=True))
+SHOWN = {name: color for way, color in COLORS.items() for name in (way.name, falling(way).name)}
 OTHER = "#b8bfc6"
 SETTING = "pilot"
 WIDEST = 0.72
@@ -30,14 +31,27 @@ WIDEST = 0.72
 
 
 def draw(lives: Lives, path: Path) -> None:
-    """Three panels side by side, as PNG; settings that were not run are left out."""
+    """Three panels side by side, as PNG; and again in `…-falling.png`, if there are such ways.
+
+    Settings that were not run are left out.
+    """
+    for falls, to in ((False, path), (True, path.with_stem(f"{path.stem}-falling"))):
+        mine = {order: life for order, life in lives.items() if (WAYS[order.way].falls != "constant") is falls}
+        if mine:
+            _draw(mine, to, falling if falls else lambda way: way)
+
+
+def _draw(lives: Lives, path: Path, form: Callable[[Way], Way]) -> None:
+    """Some lives; `form` says which of a way's forms they are lives of."""
     from benchmarks.methods import by_way, loss_of  # noqa: PLC0415 - that module imports this one when it draws
 
+    ours, same = form(OURS).name, form(SAME).name
     figure, (bars, curves, places) = plt.subplots(1, 3, figsize=(17, 7), width_ratios=(1.25, 1, 1.1))
     _bars(bars, by_way(lives, SETTING, loss_of))
-    _curves(curves, lives)
+    _curves(curves, lives, [form(way).name for way in COLORS] + [CENTRAL.name])
     found = {setting: by_way(lives, setting, loss_of) for setting in SETTINGS}
-    _places(places, {setting: losses for setting, losses in found.items() if {OURS.name, SAME.name} <= losses.keys()})
+    found = {setting: losses for setting, losses in found.items() if {ours, same} <= losses.keys()}
+    _places(places, found, [ours, *(form(rival).name for rival in RIVALS)], same)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -60,8 +74,8 @@ def _bars(axes: Any, losses: Mapping[str, list[float]]) -> None:
     _plain(axes)
 
 
-def _curves(axes: Any, lives: Lives) -> None:
-    for way in (*SHOWN, CENTRAL.name):
+def _curves(axes: Any, lives: Lives, ways: Sequence[str]) -> None:
+    for way in ways:
         found = [life["rounds"] for order, life in lives.items() if order.setting == SETTING and order.way == way]
         if not found:
             continue
@@ -80,13 +94,13 @@ def _at(points: Mapping[Any, Mapping[str, float]], number: int) -> float:
     return points[number]["loss"] if number in points else points[str(number)]["loss"]
 
 
-def _places(axes: Any, found: Mapping[str, Mapping[str, list[float]]]) -> None:
-    for nth, way in enumerate([OURS.name, *(rival.name for rival in RIVALS)]):
+def _places(axes: Any, found: Mapping[str, Mapping[str, list[float]]], ways: Sequence[str], same: str) -> None:
+    for nth, way in enumerate(ways):
         for row, losses in enumerate(found.values()):
             if way not in losses:
                 continue
             # Seed by seed, for seeds differ more than ways do.
-            ratios = [mine / same for mine, same in zip(losses[way], losses[SAME.name], strict=False)]
+            ratios = [mine / other for mine, other in zip(losses[way], losses[same], strict=False)]
             y, label = row + 0.18 * (1.5 - nth), way if row == 0 else None
             axes.plot(ratios, [y] * len(ratios), "|", color=SHOWN[way], markersize=9)
             axes.plot(statistics.mean(ratios), y, "o", color=SHOWN[way], label=label)

@@ -84,6 +84,18 @@ def test_a_rate_that_falls_is_whole_in_the_first_round_and_for_personal_models(f
     assert found == pytest.approx([whole * share for share in shares])
 
 
+@pytest.mark.parametrize(("ways", "named"), [("at one rate", ["m.png"]), ("both", ["m-falling.png", "m.png"])])
+def test_ways_whose_rates_fall_have_a_picture_of_their_own(tmp_path: Path, ways: str, named: list[str]) -> None:
+    draw = pytest.importorskip("benchmarks.methods_plot").draw
+    compared = (OURS, SAME, *RIVALS, *(map(falling, (OURS, SAME)) if ways == "both" else ()))
+    draw(
+        {replace(FIRST, way=way.name, seed=seed): life(0.1) for way in compared for seed in range(2)},
+        tmp_path / "m.png",
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == named
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+
+
 def test_lives_that_are_kept_are_not_run_again(tmp_path: Path) -> None:
     kept = tmp_path / "lives.jsonl"
     kept.write_text(json.dumps({"key": FIRST.key, "life": life(0.5)}) + "\n", encoding="utf-8")
