@@ -24,7 +24,7 @@ from edge_runtime.lora import pruning, slices
 from edge_runtime.lora.adapter import Adapter, LayerSlot, Pair, Slot
 from edge_runtime.lora.algebra import changed, cut, fresh_rows, take
 from edge_runtime.lora.factors import exchanged, numbers_in, only
-from edge_runtime.schedule import rate_in
+from edge_runtime.schedule import rate_afterwards, rate_in
 from edge_runtime.train.cores import CORE
 from edge_runtime.wire import codec
 from server import aggregators
@@ -256,8 +256,9 @@ class Life:
         )
 
     def _rate(self, device: Device, number: int) -> float:
-        """The learning rate of a device in a round; after the last one, where it trains for itself, all of it."""
-        share = rate_in(number, rounds=self.rounds, schedule=self.way.falls) if number <= self.rounds else 1.0
+        """The learning rate of a device in a round; after the last one it trains for itself."""
+        falls, rounds = self.way.falls, self.rounds
+        share = rate_in(number, rounds=rounds, schedule=falls) if number <= rounds else rate_afterwards(falls)
         return float(share * self.rate.largest * (LARGEST / device.rank) ** self.rate.exponent)
 
     def _update(self, name: str, begun: slices.Slices, moved: Adapter, number: int) -> Update:

@@ -13,6 +13,10 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
+AFTERWARDS = 0.125
+"""Share of the rate for what a device trains for itself, in a fleet whose rate falls. Measured: docs/benchmarks.md."""
+
+
 def rate_at(step: int, *, steps: int, warmup_steps: int, schedule: str) -> float:
     """The share of the largest learning rate at a step, counted from 0: a linear rise, then the schedule. Never zero.
 
@@ -36,3 +40,14 @@ def rate_in(round_number: int, *, rounds: int, schedule: str) -> float:
         schedule: a name in SCHEDULES.
     """
     return SCHEDULES[schedule]((min(max(round_number, 1), rounds) - 1) / rounds)
+
+
+def rate_afterwards(schedule: str) -> float:
+    """The share of the fleet's learning rate for personal adapters, where nobody says another.
+
+    A rate that falls over the rounds may begin so high that at all of it personal steps undo what the fleet learnt.
+
+    Args:
+        schedule: over the rounds, a name in SCHEDULES.
+    """
+    return 1.0 if schedule == "constant" else AFTERWARDS

@@ -38,5 +38,8 @@ class Personal(Section):
     """Directions of the pair that `beside` trains; half of what the device trains of the fleet's, when absent."""
     every: Annotated[int, Field(ge=0)] = 0
     """A device also goes on with it after each so many rounds, while it waits; 0 for the end of the rounds alone."""
+    rate_share: Fraction | None = None
+    """Share of `training.learning_rate` that it is made at; all of it when absent, or an eighth where `fleet_schedule`
+    lets the rate fall."""
     keep_better: bool = True
     """Whether a device keeps the global adapter where its own is worse on texts that neither has seen."""

@@ -95,6 +95,7 @@ class PersonalSpec(Model):
     proximal: Annotated[Finite, Field(ge=0, description="strength of the pull back to the global adapter")] = 0.0
     rank: Annotated[int, Field(ge=0, le=1024, description="of a pair beside; 0: half of what is trained")] = 0
     every: Annotated[int, Field(ge=0, description="rounds from one time to the next; 0: at the end alone")] = 0
+    learning_rate: Annotated[Finite, Field(ge=0, description="as of a round; 0: that of the Directive's round")] = 0.0
     keep_better: Annotated[bool, Field(description="whether a worse one gives way to the global adapter")] = True
 
 

@@ -202,8 +202,10 @@ def training_of(asked_for: PersonalSpec, directive: Directive, steps: int, facto
         steps: how many.
         factors: of the start.
     """
-    return directive.training.model_copy(
+    training = directive.training
+    return training.model_copy(
         update={
+            "learning_rate": asked_for.learning_rate or training.learning_rate,
             "max_steps": steps, "proximal": asked_for.proximal, "correction": 0.0, "carry_moments": False,
             "factors": factors, "kept": 1.0, "tail_penalty": 0.0,
         }

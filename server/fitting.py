@@ -8,6 +8,7 @@ from edge_runtime import ways
 from edge_runtime.config import Config
 from edge_runtime.errors import ConfigError
 from edge_runtime.lora.factors import Factors
+from edge_runtime.schedule import rate_afterwards
 from edge_runtime.trainer import AdapterSpec, PersonalSpec
 from edge_runtime.wire import update
 from edge_runtime.wire.messages import Hello, ungroup
@@ -74,9 +75,11 @@ def personal_of(config: Config, method: Aggregator) -> PersonalSpec:
         method: that it names.
     """
     found, bound = config.personal, ways.implied(method.asks(1).private, method.own)
+    share = found.rate_share or rate_afterwards(config.training.fleet_schedule)
     return PersonalSpec(
         way=found.way or bound or ways.FINETUNE, steps=config.training.personal_steps, proximal=found.proximal,
         rank=found.rank or 0, every=found.every, keep_better=found.keep_better,
+        learning_rate=share * config.training.learning_rate,
     )  # fmt: skip
 
 

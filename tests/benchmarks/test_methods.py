@@ -73,14 +73,14 @@ def test_ways_whose_rates_fall_are_compared_with_each_other_alone() -> None:
 
 
 @pytest.mark.parametrize("falls", ["constant", "linear"])
-def test_a_rate_that_falls_is_whole_in_the_first_round_and_for_personal_models(falls: str) -> None:
+def test_a_rate_that_falls_is_whole_in_the_first_round_and_an_eighth_for_personal_models(falls: str) -> None:
     fleet = SimpleNamespace(devices={"a": (8, [1, 2, 3, 4, 5, 6])}, held_out=[], taking_part=1, shapes={})
     life_of = Life(fleet, replace(OURS, falls=falls), steps=1, seed=0, rate=Rate(0.01, 0.5))
     life_of.rounds = 4
     device = life_of.devices["a"]
     found = [life_of._rate(device, number) for number in (1, 2, 3, 4, 5)]
     whole = 0.01 * 2.0  # rank 8 of 32, to the power of a half
-    shares = [1, 0.75, 0.5, 0.25, 1] if falls == "linear" else [1] * 5
+    shares = [1, 0.75, 0.5, 0.25, 0.125] if falls == "linear" else [1] * 5
     assert found == pytest.approx([whole * share for share in shares])
 
 
