@@ -78,7 +78,7 @@ def test_a_server_that_names_no_personal_rate_leaves_that_of_the_round() -> None
 
 @pytest.mark.parametrize("share", ["0", "1.5", "-1", "nan"])
 def test_a_share_is_more_than_nothing_and_at_most_all(share: str) -> None:
-    with pytest.raises(ConfigError, match="personal.rate_share"):
+    with pytest.raises(ConfigError, match=r"personal\.rate_share"):
         asked(1, "linear", "train", f"personal.rate_share={share}")
 
 
