@@ -84,7 +84,7 @@ def trace(checkpoint: Checkpoint, folder: Path) -> None:
         write_checkpoint(checkpoint, Path(plain), "fp32")
         try:
             main_export(plain, folder, task=TASK, do_validation=False, local_files_only=True)
-        except (ValueError, RuntimeError, KeyError, NotImplementedError) as error:
+        except (ValueError, RuntimeError, KeyError) as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise ExportError(
                 f"expected a model that optimum can trace; found: {reason}; export it as merged or peft"
