@@ -159,3 +159,8 @@ def missing_extra(library: str, extra: str) -> MissingExtraError:
 def unknown_name(kind: str, found: str, known: Iterable[str]) -> str:
     """The sentence for a name that a table does not hold; lists what it does hold."""
     return f"unknown {kind} '{found}'; expected one of: {', '.join(sorted(known))}"
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, as one line; the error's type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

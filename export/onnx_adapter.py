@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_runtime.errors import ExportError, missing_extra
+from edge_runtime.errors import ExportError, first_line, missing_extra
 from edge_runtime.lora.adapter import Adapter
 from edge_runtime.lora.dense import is_dense
 from export import onnx_graph
@@ -119,7 +119,7 @@ def activate(engine: OnnxEngine, path: Path | None) -> None:
         adapter.Load(str(path))
     except Exception as error:
         # onnxruntime's own classes share no other parent.
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ExportError(
             f"expected an adapter of ONNX Runtime in '{path}'; found: {reason}; export it again"
         ) from error

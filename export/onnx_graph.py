@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from edge_runtime.errors import ConfigError, ExportError, MissingExtraError, missing_extra, unknown_name
+from edge_runtime.errors import ConfigError, ExportError, MissingExtraError, first_line, missing_extra, unknown_name
 
 try:
     from edge_runtime.train.checkpoint import Checkpoint
@@ -85,7 +85,7 @@ def trace(checkpoint: Checkpoint, folder: Path) -> None:
         try:
             main_export(plain, folder, task=TASK, do_validation=False, local_files_only=True)
         except (ValueError, RuntimeError, KeyError) as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = first_line(error)
             raise ExportError(
                 f"expected a model that optimum can trace; found: {reason}; export it as merged or peft"
             ) from error

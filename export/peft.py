@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from edge_runtime.errors import ExportError, missing_extra
+from edge_runtime.errors import ExportError, first_line, missing_extra
 from edge_runtime.lora.adapter import Adapter, Matrix
 from edge_runtime.lora.dense import is_dense, path_of, tensor_of
 from edge_runtime.lora.files import write_peft_folder
@@ -93,7 +93,7 @@ def open_engine(subject: Subject, folder: Path) -> Engine:
     try:
         return TorchEngine(peft.PeftModel.from_pretrained(base, folder))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ExportError(f"expected PEFT to load '{folder}'; found: {str(error).strip().splitlines()[0]}") from error
+        raise ExportError(f"expected PEFT to load '{folder}'; found: {first_line(error)}") from error
 
 
 def _kinds(adapter: Adapter) -> set[str]:

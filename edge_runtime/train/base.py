@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime import config
-from edge_runtime.errors import BaseModelError, missing_extra, unknown_name
+from edge_runtime.errors import BaseModelError, first_line, missing_extra, unknown_name
 from edge_runtime.train import eight_bit, heap, prepared, regaining
 from edge_runtime.train.convert import READERS, convert, precision_named
 from edge_runtime.train.exclusive import exclusive, remove
@@ -157,7 +157,7 @@ def load(
     except ImportError as error:
         raise missing_extra(error.name or "bitsandbytes", "client") from error
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise BaseModelError(
             f"expected {base.folder} to load; found: {reason}; remove it, and it is made anew"
         ) from error

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from edge_runtime.errors import BaseModelError, missing_extra, unknown_name
+from edge_runtime.errors import BaseModelError, first_line, missing_extra, unknown_name
 from edge_runtime.train import eight_bit
 from edge_runtime.train.checkpoint import Checkpoint, open_folder, portable_config
 from edge_runtime.train.gguf_file import open_gguf
@@ -281,7 +281,7 @@ def skeleton(folder: Path) -> Any:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
             return transformers.AutoModelForCausalLM.from_config(config)
     except (ValueError, OSError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise BaseModelError(
             f"expected a causal language model that transformers {transformers.__version__} knows; found: {reason}"
         ) from error

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.errors import BaseModelError, UnknownBaseError, missing_extra, unknown_name
+from edge_runtime.errors import BaseModelError, UnknownBaseError, first_line, missing_extra, unknown_name
 from edge_runtime.train.base import COMPUTE_DTYPES, keep_gradients
 from edge_runtime.train.quiet import quiet
 from edge_runtime.train.source import read_config, resolve
@@ -129,7 +129,7 @@ def load_encoder(spec: str, *, precision: str = "fp32", device: str = "cpu") -> 
     except ImportError as error:
         raise missing_extra(error.name or "bitsandbytes", "client") from error
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise BaseModelError(f"expected the encoder in {folder} to load; found: {reason}; fetch it again") from error
     model.requires_grad_(requires_grad=False)
     keep_gradients(model)

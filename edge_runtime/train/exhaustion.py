@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-from edge_runtime.errors import DeviceMemoryError
+from edge_runtime.errors import DeviceMemoryError, first_line
 
 SIGNS = (
     "can't allocate memory",
@@ -64,5 +64,5 @@ def bearing(doing: str) -> Iterator[None]:
         if not is_exhaustion(error):
             raise
         traceback.clear_frames(error.__traceback__)
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        said = first_line(error)
         raise DeviceMemoryError(f"memory ran out while {doing} ({said[:300]})") from None

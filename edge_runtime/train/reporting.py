@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.errors import EdgeRuntimeError
+from edge_runtime.errors import EdgeRuntimeError, first_line
 from edge_runtime.train import generate, metrics, resume, trackers
 from edge_runtime.train.data import Example
 from edge_runtime.train.exhaustion import bearing
@@ -153,7 +153,7 @@ class Reports:
 
     def _drop(self, name: str, error: Exception) -> None:
         self._open.pop(name, None)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         self._say(f"the tracker '{name}' failed and is told no more: {reason[:300]}")
 
     def _judged(self, subject: Subject) -> dict[str, float]:

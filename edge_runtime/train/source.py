@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from edge_runtime.errors import BaseModelError, UnknownBaseError, missing_extra
+from edge_runtime.errors import BaseModelError, UnknownBaseError, first_line, missing_extra
 from edge_runtime.train import prepared
 from profiles.packaged import ALIASES, packaged_file
 
@@ -161,7 +161,7 @@ def _download(hub_id: str) -> Path:
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=_HUB_FILES))
     except Exception as error:
         # Whichever transport the hub's library uses raises errors of a family of its own.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise UnknownBaseError(
             f"expected the base model '{hub_id}'; tried the folder '{hub_id}', the hub's cache and the hub "
             f"({type(error).__name__}: {reason}); give a local folder or .gguf file, or 'smollm2', with --base"
