@@ -97,3 +97,13 @@ def test_a_missing_extra_is_answered_with_the_command_that_installs_it() -> None
     assert "'torch'" in str(error)
     assert "pip install 'edge-runtime[client]'" in str(error)
     assert error.exit_code == 16
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(ValueError("\n one\n two"), "one"), (NotImplementedError(), "NotImplementedError"), (OSError(" \n"), "OSError")],
+)
+def test_an_error_of_others_is_said_in_one_line_and_by_its_type_where_it_says_nothing(
+    error: Exception, said: str
+) -> None:
+    assert errors.first_line(error) == said
