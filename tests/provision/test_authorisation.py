@@ -125,7 +125,7 @@ def test_a_fleet_lives_over_mutual_tls_with_signatures_and_what_it_said_cannot_b
     running.run("a", "b", patience=200.0)
     assert running.errors == {}
     assert running.end is not None
-    assert (running.end.phase, running.end.version) == ("over", 1)
+    assert (running.end.phase, running.end.version) == ("over", 1), running.notes
     assert running.dropped == {}
 
     # Whoever has listened says it all again, with the server's own credentials: as the broker's operator could.
