@@ -2,7 +2,7 @@
 # editable form. Set-up is repeated only when pyproject.toml or a constraints file has changed.
 #
 #   PYTHON=python3.12   which interpreter .venv is made from (3.10 to 3.13; constraints.txt is tested whole on 3.11)
-#   WORKERS=2           how many fast tests run side by side
+#   WORKERS=2           how many tests run side by side
 #   PYTHON310=...       a Python 3.10 for the torch-free rooms, where `python3.10` is not on PATH
 #   ARGS="..."          arguments of `make demo`
 #
@@ -32,9 +32,11 @@ TORCH_FREE_TESTS := tests/test_house.py tests/lora tests/wire tests/server tests
 # The models of the tests are tiny: a second thread gains nothing, and on busy cores the threads wait for each other
 # (measured on two busy cores: tests/train/test_loop.py in 165 s with two threads, in 18 s with one).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
-# Two workers for what runs in one process; what starts processes or loads real weights has the machine to itself.
 WORKERS ?= 2
 SPREAD := --numprocesses $(WORKERS) --dist worksteal
+# What starts processes or loads real weights prepares much for the tests of one file, so a file has one worker. Slow
+# tests have the machine to themselves.
+BY_FILE := --numprocesses $(WORKERS) --dist loadfile
 PYTEST310 := OMP_NUM_THREADS=1 $(VENV310)/bin/pytest
 
 # Of what pip says, the large downloads: they are what one waits for.
@@ -70,7 +72,7 @@ fast: $(READY) ## the tests of `make check`
 
 test: $(READY) ## every test but the slow ones, then the torch-free rooms on Python 3.10
 	$(PYTEST) -q $(SPREAD) -m "$(FAST)"
-	$(PYTEST) -m "(story or model) and not slow and not gpu"
+	$(PYTEST) -q $(BY_FILE) -m "(story or model) and not slow and not gpu"
 	@$(MAKE) --no-print-directory test-torch-free
 
 test-all: $(READY) ## `make test` with the slow tests
@@ -92,7 +94,7 @@ test-transformers5: $(READY_OVERLAY) ## the torch tests against transformers 5, 
 	    print("transformers", found.__version__, "from", found.__file__); \
 	    sys.exit(0 if found.__version__.startswith("5.") else "expected transformers 5 from $(OVERLAY); run: make clean")'
 	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(PYTEST) -q $(SPREAD) -m "$(FAST)" tests/train tests/export
-	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(PYTEST) -m "(story or model) and not slow and not gpu" tests/train tests/export
+	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(PYTEST) -q $(BY_FILE) -m "(story or model) and not slow and not gpu" tests/train tests/export
 
 test-ray: $(READY_RAY) ## merges and simulations on a Ray cluster of this machine, Ray laid over .venv
 	PYTHONPATH=$(CURDIR)/$(OVERLAY_RAY) $(PYTEST) -k "ray or cluster" tests/server/test_engines.py tests/simulation/test_engines.py

@@ -17,6 +17,7 @@ import pytest
 from edge_runtime.errors import DeviceMemoryError, PlanError
 from edge_runtime.trainer import AdapterSpec, StepReport, Training
 from tests.product import QUIET
+from tests.train.devices import cache_in
 from tests.train.tiny import random_adapter
 
 pytest.importorskip("torch")
@@ -53,7 +54,7 @@ def settings(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Local
     path = folder / "examples.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     return LocalSettings(
-        str(tiny_base), data.load_examples(str(path)), 0.1, 2, Owner(overrides=WHOLE), folder / "cache"
+        str(tiny_base), data.load_examples(str(path)), 0.1, 2, Owner(overrides=WHOLE), cache_in(folder)
     )
 
 
