@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,10 +15,11 @@ pytest.importorskip("xllamacpp")
 
 from edge_runtime.lora.adapter import Adapter, Pair
 from edge_runtime.train.base import load, prepare
+from edge_runtime.train.generate import generate
 from export import gguf, gguf_merged
 from export.attached import attached
+from export.float32 import in_float32
 from export.subject import Subject
-from export.torch_engine import TorchEngine
 
 pytestmark = [pytest.mark.torch, pytest.mark.model]
 
@@ -50,10 +51,16 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> Said:
             )
     base = load(prepared, compute_dtype="bf16")
     prompts = [tuple(base.tokenizer.encode(text, add_special_tokens=False)) for text in TEXTS]
-    plain = [TorchEngine(base.model).greedy(prompt, COUNT) for prompt in prompts]
+    plain = greedy(base.model, prompts)
     attached(base.model, Adapter(layers), scaling=2.0)
-    live = [TorchEngine(base.model).greedy(prompt, COUNT) for prompt in prompts]
+    live = greedy(base.model, prompts)
     return Said(Subject(Adapter(layers), 2.0, "smollm2", prepared), prompts, live, plain)
+
+
+def greedy(model: Any, prompts: list[tuple[int, ...]]) -> list[list[int]]:
+    """As `TorchEngine` does it, for all prompts side by side."""
+    with in_float32(model):
+        return [list(answer) for answer in generate(model, prompts, stop=(), max_new_tokens=COUNT)]
 
 
 def agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
