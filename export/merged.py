@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.errors import ExportError, missing_extra
+from edge_runtime.errors import ExportError, first_line, missing_extra
 from export.subject import Subject
 
 try:
@@ -78,6 +78,6 @@ def open_engine(subject: Subject, folder: Path) -> TorchEngine:  # noqa: ARG001 
                 folder, dtype=torch.float32, local_files_only=True
             )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ExportError(f"expected transformers to load '{folder}'; found: {reason}; export it again") from error
     return TorchEngine(model.eval())

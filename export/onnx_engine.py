@@ -9,7 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from edge_runtime.errors import ExportError, missing_extra
+from edge_runtime.errors import ExportError, first_line, missing_extra
 from export import cached
 from export.subject import Logits
 
@@ -68,6 +68,6 @@ def open_graph(path: Path) -> OnnxEngine:
         session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
     except Exception as error:
         # Whatever is wrong, onnxruntime raises a class of its own for it, and they share no other parent.
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ExportError(f"expected ONNX Runtime to load '{path}'; found: {reason}; export it again") from error
     return OnnxEngine(session, cached.empty_cache({value.name: value.shape for value in session.get_inputs()}))
