@@ -104,7 +104,7 @@ def test_no_choice_can_be_raised_alone_within_the_budgets(task: Task, budgets: B
         assert re.search(r"needs \d+ MiB more|would take \d+ s|would move [\d.]+ MiB", said), said
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(task=TASKS, budget=st.integers(1, 500 * MIB))
 def test_what_is_missing_is_exactly_what_makes_the_smallest_plan_fit(task: Task, budget: int) -> None:
     with pytest.raises(PlanError) as error:
