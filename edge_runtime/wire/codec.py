@@ -34,6 +34,8 @@ and 6 gain less than 1 % with every codec but top-k (5 %), and cost a third of t
 MAX_DECODED_BYTES = 1 << 30
 """Default bound of a decompressed blob, and of the adapter in it. A rank-64 adapter of all projections of a 7B model in
 fp32 is 0.64 GB."""
+NUMBER_BYTES = 40
+"""Of the number of a direction in a list: a Python integer and where it is."""
 MAX_HEADER_BYTES = 1 << 20
 """Bound of the header, which is parsed as JSON. That of all projections of a 405B model has 0.1 MB."""
 
@@ -111,7 +113,7 @@ def encode(
 
 def decode(blob: bytes, limit: int = MAX_DECODED_BYTES) -> Adapter:
     """The adapter in a blob, as its layout says; `decode_slice` without the numbers of the directions."""
-    return decode_slice(blob, limit)[0]
+    return _adapter(*_opened(blob, limit))
 
 
 def decode_slice(blob: bytes, limit: int = MAX_DECODED_BYTES) -> tuple[Adapter, dict[str, tuple[int, ...]]]:
@@ -123,8 +125,21 @@ def decode_slice(blob: bytes, limit: int = MAX_DECODED_BYTES) -> tuple[Adapter, 
         CorruptPayloadError: it does not decompress or parse, lacks a part, or holds NaN or infinity.
         UnknownCodecError: packed by a codec that this version does not know.
     """
+    raw, layers = _opened(blob, limit)
+    listed = NUMBER_BYTES * sum(layer.rank for layer in layers)
+    if listed > limit:  # layers of a few numbers a direction, which no model has
+        raise TooLargeError(f"a list of directions may take {limit} bytes; this one takes {listed}; raise the limit")
+    return _adapter(raw, layers), {layer.name: layer.directions for layer in layers}
+
+
+def _opened(blob: bytes, limit: int) -> tuple[bytes, tuple[Layer, ...]]:
+    """The file in a blob, and what its layout describes; both within the limit."""
     raw = _decompress(blob, limit)
-    layers = layout.load(_tag(raw), limit)
+    return raw, layout.load(_tag(raw), limit)
+
+
+def _adapter(raw: bytes, layers: tuple[Layer, ...]) -> Adapter:
+    """The adapter in a file, unpacked."""
     try:
         streams = safetensors.numpy.load(raw)
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
@@ -137,7 +152,7 @@ def decode_slice(blob: bytes, limit: int = MAX_DECODED_BYTES) -> tuple[Adapter, 
     at = dict.fromkeys(streams, 0)
     for batch in batches:
         _scatter(_unpacked(batch, streams, at), batch, pairs)
-    return Adapter(pairs), {x.name: x.directions for x in layers}
+    return Adapter(pairs)
 
 
 def estimate(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], name: str) -> int:
