@@ -220,7 +220,8 @@ def naive_glora(state: State, updates: Sequence[Update], name: str) -> NDArray[n
         mean(updates, name, lambda update: projector(dense(update.trained)[name].T)),
     ):
         values, vectors = np.linalg.eigh(of)
-        leading = vectors[:, ::-1][:, :rank][:, values[::-1][:rank] > 1e-7]
+        # What one device adds to a direction that others nearly have may be tiny; it is in the subspace all the same.
+        leading = vectors[:, ::-1][:, :rank][:, values[::-1][:rank] > np.finfo(np.float32).eps ** 2]
         sides.append(leading @ leading.T)
     return np.asarray(sides[0] @ mean(updates, name, lambda update: dense(update.trained)[name]) @ sides[1])
 
