@@ -18,18 +18,14 @@ from edge_runtime.wire.broker import Settings, start
 from tests.wire.conftest import require
 from tests.wire.relay import free_port, relay
 
-IN_FLIGHT = 4
-"""Chunks that a few kills may find on their way between a device and the store."""
 SMALL = Scenario("nats", {"a": 4, "b": 8}, layers=4, width=256, rounds=3, kills=0, chunk_bytes=8 * 1024)
 
 
-def sound(found: Audit, scenario: Scenario = SMALL) -> None:
-    """Everything is in its place."""
+def sound(found: Audit, under_way: int = 0) -> None:
+    """Everything is in its place; `under_way` are bytes that kills may find between a device and the store."""
     assert (found.lost, found.doubled, found.unexplained, found.denied, found.left_out) == (0, 0, 0, 0, 0)
     assert (found.ended, found.finished) == (found.rounds, True)
-    # How much is under way at a kill hangs on how fast the server is: the benchmark bounds it at a twentieth. Here,
-    # where the machine may be busy, it shall only be clear that uploads go on and do not begin anew.
-    assert found.resent_bytes <= max(0.05 * found.resumed_bytes, IN_FLIGHT * scenario.chunk_bytes)
+    assert found.resent_bytes <= max(0.05 * found.resumed_bytes, under_way)
 
 
 @pytest.mark.story
@@ -39,7 +35,8 @@ def test_a_fleet_whose_parts_are_killed_in_turn_loses_and_doubles_nothing(kind: 
     require(kind)
     outcome = live(replace(QUICK, broker=kind, kills=6), tmp_path / "fleet")
     assert {kill.victim for kill in outcome.kills} == {"device", "server", "broker"}
-    sound(outcome.audit, outcome.scenario)
+    # Of so few uploads two chunks are over a twentieth; a busy machine has more of them under way.
+    sound(outcome.audit, under_way=4 * QUICK.chunk_bytes)
 
 
 @pytest.mark.story
