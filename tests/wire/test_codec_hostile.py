@@ -26,13 +26,15 @@ LIMIT = 1 << 20
 
 
 def harmless(blob: bytes) -> None:
+    """As a server opens it: refused, or finite numbers, each direction with a number of its own."""
     try:
-        adapter = decode(blob, LIMIT)
+        adapter, directions = decode_slice(blob, LIMIT)
     except WireError:
         return
-    for pair in adapter.values():
+    for name, pair in adapter.items():
         assert np.isfinite(pair.a).all()
         assert np.isfinite(pair.b).all()
+        assert len(set(directions[name])) == pair.rank
 
 
 @laws
