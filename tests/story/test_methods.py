@@ -102,12 +102,14 @@ class Life:
         merged: the last global adapter.
         first: the first.
         records: what the server recorded.
+        said: what it said, to be read where an assertion fails.
         personal: device → its own adapter at the end.
         kept: device → what it remembers of it.
     """
 
     def __init__(self) -> None:
         self.records: list[Mapping[str, Any]] = []
+        self.said: list[str] = []
         self.personal: dict[str, Adapter] = {}
         self.kept: dict[str, tuple[dict[str, Any], bytes | None] | None] = {}
         self.errors: list[BaseException] = []
@@ -130,7 +132,7 @@ def live(
     def serve() -> None:
         store = Store(folder / "server")
         transport = connect(broker.address, f"{tag}-server", on_event=lambda _: None, random=Random(0))
-        server = Service(settings, transport, store, say=lambda _: None, record=life.records.append)
+        server = Service(settings, transport, store, say=life.said.append, record=life.records.append)
         server.run(stopped.is_set, poll=0.05)
         for number, name in ((0, "first"), (ROUNDS, "merged")):
             version = store.version(number)
@@ -193,8 +195,8 @@ def test_a_fleet_learns_by_every_method_over_a_broker(
 ) -> None:
     life, built = live(method, broker, devices, tmp_path), aggregators.build(method)
     merges = [record for record in life.records if record["event"] == "merge"]
-    assert [record["round"] for record in merges] == [1, 2]
-    assert {layer["updates"] for record in merges for layer in record["layers"].values()} == {2}
+    assert [record["round"] for record in merges] == [1, 2], life.said
+    assert {layer["updates"] for record in merges for layer in record["layers"].values()} == {2}, life.said
     done = [record for record in life.records if record.get("state") == "done"]
     assert {record["client"] for record in done} == set(RANKS)
     assert all(np.isfinite(record["held_out"]["merged"]) for record in done)
