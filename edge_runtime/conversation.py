@@ -19,6 +19,8 @@ from edge_runtime.wire.transport import Delivery, Transport
 
 REPEAT_SECONDS = 10.0
 """How long an unanswered message waits before it is said again."""
+MOST_SILENCES = 64
+"""After so many of those, one after the other, the Directive is asked for once in as many: every eleven minutes."""
 
 
 class Conversation:
@@ -51,7 +53,7 @@ class Conversation:
         self.state = agent.start(self._name, state.run, offer, state.settled, identity.instance)
         self._fetching = Fetching(self._fleet, transport, state, clock)
         self._fetched: agent.Fetched | None = None
-        self._heard, self._sessions = clock(), 0
+        self._heard, self._sessions, self._silences = clock(), 0, 0
 
     def begin(self) -> None:
         """Say that this device is there, and listen."""
@@ -76,11 +78,13 @@ class Conversation:
         elif self._clock() - self._heard >= REPEAT_SECONDS and self._transport.flush(0.0):
             # Nothing of ours is still on its way, so the silence is not that of a slow link.
             self._heard = self._clock()
-            if self.state.directive is None:
-                # A broker may lose what is published while a subscription begins; another one makes it look again.
+            self._silences += 1
+            if self.state.directive is None or asks_after(self._silences):
+                # A broker may lose a Directive, above all one that is published while a subscription begins; another
+                # subscription makes it look again. It may as well have nothing to say for hours, so ever more rarely.
                 self._transport.subscribe(topics.directive(self._fleet))
-            self._fetching.ask_again()
             self.apply(agent.Repeat())
+        self._fetching.look_again(self._be_there)
 
     def handle(self, delivery: Delivery) -> None:
         """Take one delivery. Nonsense is said and dropped; the device goes on."""
@@ -130,6 +134,8 @@ class Conversation:
         self._heard = self._clock()
         message = load(opened)
         self._guard.settle()
+        if message != self.state.directive:  # that comes again when it is asked for, and is no news
+            self._silences = 0
         return agent.Received(message)
 
     def _chunk(self, topic: topics.Topic, payload: bytes) -> agent.Event | None:
@@ -173,3 +179,8 @@ class Conversation:
         offer = offer.model_copy(update={"blob": blobs.describe(payload, self.chunk_bytes)})
         self._disk.recut_outbox(offer)
         self.apply(agent.Recut(offer))
+
+
+def asks_after(silences: int) -> bool:
+    """Whether to ask for the Directive: after 1, 2, 4 … silences, and in the end once in `MOST_SILENCES`."""
+    return silences.bit_count() == 1 if silences < MOST_SILENCES else silences % MOST_SILENCES == 0

@@ -10,8 +10,8 @@ from edge_runtime.wire import blobs, topics
 from edge_runtime.wire.blobs import BlobRef
 from edge_runtime.wire.transport import Transport
 
-STILL_SECONDS = 60.0
-"""How long bands may stand still before they are asked for again, at first: a chunk at 2 kB/s."""
+STILL_SECONDS = 10.0
+"""How long bands may stand still before they are looked for, at first."""
 
 
 class Fetching:
@@ -28,7 +28,7 @@ class Fetching:
         self._fleet, self._transport, self._disk, self._clock = fleet, transport, disk, clock
         self._refs: Mapping[str, BlobRef] = {}
         self._chunks: dict[str, dict[int, bytes]] = {}
-        self._moved, self._patience = clock(), STILL_SECONDS
+        self._moved, self._patience, self._called = clock(), STILL_SECONDS, False
 
     @property
     def complete(self) -> bool:
@@ -41,7 +41,7 @@ class Fetching:
             self._transport.unsubscribe(topics.broadcast(self._fleet, sha))
         self._disk.keep_bands(refs.keys())
         self._refs, self._chunks = refs, {sha: {} for sha in refs if self._disk.band(sha) is None}
-        self._moved, self._patience = self._clock(), STILL_SECONDS
+        self._moved, self._patience, self._called = self._clock(), STILL_SECONDS, False
         self._ask()
 
     def take(self, sha256: str, index: int, payload: bytes) -> bool:
@@ -53,7 +53,7 @@ class Fetching:
         chunks, ref = self._chunks.get(sha256), self._refs.get(sha256)
         if chunks is None or ref is None or not blobs.fits(ref, index, payload):
             return False
-        self._moved = self._clock()
+        self._moved, self._called = self._clock(), False
         chunks[index] = payload
         if blobs.missing(ref, chunks):
             return True
@@ -67,14 +67,24 @@ class Fetching:
         self._transport.unsubscribe(topics.broadcast(self._fleet, sha256))
         return True
 
-    def ask_again(self) -> None:
-        """Ask again for what has stood still for long: a broker may have learnt only now what it retains.
+    def look_again(self, call: Callable[[], None]) -> None:
+        """Ask again for what stands still: a broker may have lost it, or learnt only now what it retains.
 
-        Each time more patiently: all chunks come again, and on a slow link that holds up those on their way.
+        All chunks come again then, which on a slow link holds up those on their way. But what a broker sends to one
+        client keeps its order, so once a message sent after the last chunk is acknowledged, no chunk is on its way.
+        Even so it is done ever more rarely: some brokers answer out of order what they must first look for.
+
+        Args:
+            call: sends some message to the broker.
         """
-        if self._chunks and self._clock() - self._moved >= self._patience:
-            self._moved, self._patience = self._clock(), 2 * self._patience
-            self._ask()
+        if not self._chunks or self._clock() - self._moved < self._patience or not self._transport.flush(0.0):
+            return
+        if not self._called:
+            self._called = True
+            call()
+            return
+        self._moved, self._patience, self._called = self._clock(), 2 * self._patience, False
+        self._ask()
 
     def _ask(self) -> None:
         for sha in self._chunks:

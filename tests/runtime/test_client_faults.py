@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from edge_runtime.conversation import REPEAT_SECONDS
+from edge_runtime.conversation import MOST_SILENCES, REPEAT_SECONDS
 from edge_runtime.errors import (
     DataError,
     EdgeRuntimeError,
@@ -233,35 +232,128 @@ def test_nonsense_is_said_and_dropped(desk: Desk) -> None:
     assert desk.disk.outbox is None
 
 
-def test_bands_that_the_broker_learns_of_late_are_asked_for_again(desk: Desk) -> None:
+def live(desk: Desk, *steps: float | Callable[[], object]) -> list[Message]:
+    """What a device says in one run, in which this happens: seconds pass, or something is done."""
+    left, idle = list(steps), 0
+
+    def stop() -> bool:
+        nonlocal idle
+        idle = 0 if desk.transport._something_to_take() else idle + 1
+        if idle <= 2:
+            return False
+        if not left:
+            return True
+        idle, now = 0, left.pop(0)
+        if callable(now):
+            now()
+        else:
+            desk.clock.now += now
+        return False
+
+    desk.client.run(stop, poll=0.0)
+    return desk.heard()
+
+
+def without_bands(desk: Desk) -> dict[str, bytes]:
+    """Tell a device to fetch what its broker has lost; the chunks that are lost."""
     desk.tell(directive("gather"), WELCOME)
     asked = desk.publish(adapter())
     kept = desk.broker._exchange.retained
-    late = {topic: kept.pop(topic) for topic in list(kept) if "/blob/" in topic}
-    assert late
+    lost = {topic: kept.pop(topic) for topic in list(kept) if "/blob/" in topic}
+    assert lost
     assert "training" not in {said.state for said in of(Report, desk.tell(asked))}
-    kept.update(late)  # a leaf hears from its hub, and tells nobody who has subscribed already
-    assert not of(Offer, [*hear_nothing(desk, STILL_SECONDS - 1), *desk.work()])
-    assert of(Offer, [*hear_nothing(desk, REPEAT_SECONDS + 1), *desk.work()])
+    return lost
 
 
-def test_bands_that_do_not_come_are_asked_for_ever_more_rarely(desk: Desk) -> None:
-    desk.tell(directive("gather"), WELCOME)
-    asked = desk.publish(adapter())
-    desk.broker._exchange.retained.clear()
-    desk.tell(asked)
-    again: list[float] = []
+def askings(desk: Desk, topic: str) -> list[float]:
+    """When the device subscribes to such a topic from now on, to be looked at later."""
+    found: list[float] = []
     subscribe = desk.transport.subscribe
 
     def noted(pattern: str) -> None:
-        if "/blob/" in pattern:
-            again.append(desk.clock.now)
+        if topic in pattern:
+            found.append(desk.clock.now)
         subscribe(pattern)
 
     desk.transport.subscribe = noted  # type: ignore[method-assign]
-    began = desk.clock.now
-    for _ in range(60):
-        hear_nothing(desk, REPEAT_SECONDS + 1)
+    return found
+
+
+def test_bands_that_the_broker_learns_of_late_are_asked_for_again(desk: Desk) -> None:
+    late = without_bands(desk)
+    desk.broker._exchange.retained.update(late)  # a leaf hears from its hub, and tells nobody who subscribed before
+    assert not of(Offer, live(desk, STILL_SECONDS - 1))
+    assert of(Offer, live(desk, 2.0))
+
+
+def test_bands_that_may_be_on_their_way_are_not_asked_for_again(desk: Desk) -> None:
+    """What a broker sends keeps its order: until it has acknowledged a later message, a slow link may bring them."""
+    without_bands(desk)
+    again, flush, acknowledged = askings(desk, "/blob/"), desk.transport.flush, True
+    desk.transport.flush = lambda timeout: flush(timeout) and acknowledged  # type: ignore[method-assign]
+    publish = desk.transport.publish
+
+    def said(*message: Any, **how: Any) -> None:
+        nonlocal acknowledged
+        acknowledged = False
+        publish(*message, **how)
+
+    def arrives() -> None:
+        nonlocal acknowledged
+        acknowledged = True
+
+    def note() -> None:
+        assert not again
+        again.append(0.0)
+
+    desk.transport.publish = said  # type: ignore[method-assign]
+    live(desk, arrives, STILL_SECONDS + 1, *[STILL_SECONDS] * 20, note, arrives, 0.0)
+    assert len(again) > 1, "as soon as it is acknowledged, and not before"
+
+
+def test_a_chunk_that_comes_begins_the_wait_for_the_others_anew(desk: Desk) -> None:
+    first, second, *_ = without_bands(desk).items()
+    again = askings(desk, "/blob/")
+    live(
+        desk, STILL_SECONDS - 1, lambda: desk.server.publish(*first),
+        STILL_SECONDS - 1, lambda: desk.server.publish(*second), STILL_SECONDS - 1,
+    )  # fmt: skip
+    assert not again
+    live(desk, STILL_SECONDS + 1)
+    assert again
+
+
+def test_bands_that_do_not_come_are_asked_for_ever_more_rarely(desk: Desk) -> None:
+    without_bands(desk)
+    again, began = askings(desk, "/blob/"), desk.clock.now
+    live(desk, *[1.0] * 660)
     times = sorted({when - began for when in again})
-    assert len(times) == 3, "after one, two and four minutes more"
-    assert all(later >= 2 * sooner for sooner, later in itertools.pairwise(times))
+    assert times == [10, 30, 70, 150, 310, 630]
+
+
+def test_a_directive_that_the_broker_lost_on_the_way_is_asked_for(desk: Desk) -> None:
+    offer = offered(desk)
+    desk.tell(Accepted(sha256=offer.blob.sha256, round=1))
+    asked = desk.publish(adapter(2), round_number=2, version=1)
+
+    def lose() -> None:
+        desk.broker._exchange.retained[topics.directive(FLEET)] = dump(asked)  # and nobody is told
+
+    assert not of(Offer, live(desk, lose, REPEAT_SECONDS - 1))
+    desk.broker._exchange.retained.clear()
+    [update] = of(Offer, live(desk, lambda: desk.publish(adapter(2)), lose, REPEAT_SECONDS + 1))
+    assert update.round == 2
+
+
+def test_a_device_that_waits_for_hours_asks_for_the_directive_ever_more_rarely(desk: Desk) -> None:
+    offer = offered(desk)
+    desk.tell(Accepted(sha256=offer.blob.sha256, round=1))
+    again, began = askings(desk, "/round"), desk.clock.now
+    news = desk.publish(adapter(2), round_number=2, version=1)
+    live(
+        desk, *[REPEAT_SECONDS] * (3 * MOST_SILENCES + 3),
+        lambda: desk.server.publish(topics.directive(FLEET), dump(news)), REPEAT_SECONDS,
+    )  # fmt: skip
+    silences = [round((when - began) / REPEAT_SECONDS) for when in again]
+    assert silences[:-1] == [0, 1, 2, 4, 8, 16, 32, 64, 128, 192], "when it begins, and ever more rarely"
+    assert silences[-1] == 3 * MOST_SILENCES + 4, "what is new begins the count anew"
