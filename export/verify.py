@@ -97,7 +97,7 @@ def logits(model: Any, prompts: Sequence[Sequence[int]]) -> Logits:
 def reference_of(
     live: LiveModel, prompts: Sequence[Sequence[int]], scratch: Path, *, count: int = ANSWER_TOKENS
 ) -> Reference:
-    """What a live model says to prompts, computed in float32 whatever precision it trains in.
+    """What a live model says to prompts, in float32 whatever precision it trains in, all its directions at once.
 
     Args:
         live: the adapter in its base; left as it was.
@@ -111,7 +111,7 @@ def reference_of(
     """
     rows = tuple(tuple(prompt) for prompt in prompts)
     kept, effect = [], 0.0
-    with in_float32(live.model):
+    with in_float32(live.model), mixed.at_once(live):
         answers = tuple(generate.generate(live.model, rows, stop=(), max_new_tokens=count))
         for index, (prompt, answer) in enumerate(zip(rows, answers, strict=True)):
             row = [(*prompt, *answer)]

@@ -105,6 +105,22 @@ def without_adapter(live: LiveModel) -> Iterator[Any]:
             module.enabled = True
 
 
+@contextmanager
+def at_once(live: LiveModel) -> Iterator[None]:
+    """Let each layer multiply all its directions at once, in the order in which they were loaded.
+
+    As whoever reads the adapter afterwards does: two products, of those trained and of those held, round otherwise.
+    """
+    modules = {name: module for name, module in _adapted(live).items() if live.slot.layers[name].trained}
+    for name, module in modules.items():
+        _of_pair(module).order = torch.from_numpy(_order(live, name)).to(_of_pair(module).weight.device)
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            _of_pair(module).order = None
+
+
 def load_adapter(live: LiveModel, adapter: Adapter, directions: Mapping[str, Sequence[int]] | None = None) -> None:
     """Write an adapter into the live model, in place.
 
@@ -152,8 +168,7 @@ def read_all(live: LiveModel) -> Adapter:
     layers: dict[str, Pair] = {}
     for name, layer in live.slot.layers.items():
         if layer.held:
-            rows = live.directions.get(name, ())
-            order = np.argsort(np.asarray(rows + _others(rows, layer.held)))
+            order = _order(live, name)
             parts = [_read(live, name, hand) for hand in (TRAINED, HELD) if _factors(live, name, hand) is not None]
             a = np.concatenate([part.a for part in parts])[order]
             b = np.concatenate([part.b for part in parts], axis=1)[:, order]
@@ -171,6 +186,12 @@ def trainable_parameters(live: LiveModel) -> dict[str, torch.nn.Parameter]:
 
 def _adapted(live: LiveModel) -> dict[str, LoraLinear]:
     return {name: live.model.get_submodule(name) for name, layer in live.slot.layers.items() if layer.held}
+
+
+def _of_pair(module: Any) -> LoraLinear:
+    """The layer with a pair of factors, also where its rows have magnitudes of their own around it."""
+    found: LoraLinear = module if isinstance(module, LoraLinear) else module.base
+    return found
 
 
 def exchange(model: Any, name: str, module: torch.nn.Module) -> None:
@@ -191,6 +212,12 @@ def _present(live: LiveModel, name: str, hand: str) -> Factors:
     if factors is None:
         raise RoundError(f"layer '{name}': expected {hand} directions, found none; its slot and its model differ")
     return factors
+
+
+def _order(live: LiveModel, name: str) -> NDArray[np.intp]:
+    """Where each direction of a layer, in the order in which they were loaded, is among those trained and held."""
+    rows = live.directions.get(name, ())
+    return np.argsort(np.asarray(rows + _others(rows, live.slot.layers[name].held)))
 
 
 def _others(rows: Sequence[int], rank: int) -> tuple[int, ...]:

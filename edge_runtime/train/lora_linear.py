@@ -179,12 +179,14 @@ class LoraLinear(torch.nn.Module):
         a, b: (r, d_in) and (d_out, r), float32, trained; None where nothing is.
         held_a, held_b: the same, frozen, any floating precision.
         enabled: False while the base shall compute alone.
+        order: None; else all directions are multiplied at once, in this order of those trained and, after them, held.
     """
 
     def __init__(self, base: Any, *, trained: int, held: int, scaling: float, held_dtype: torch.dtype) -> None:
         """Beside `base`, as many directions trained and held; all of no effect until they are written."""
         super().__init__()
         self.base, self.scaling, self.enabled = base, scaling, True
+        self.order: torch.Tensor | None = None
         self.in_features, self.out_features = int(base.in_features), int(base.out_features)
         device = base.weight.device
 
@@ -207,6 +209,13 @@ class LoraLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, d_in) → (…, d_out), in the precision of `x`."""
-        a, b, held_a, held_b = (self.a, self.b, self.held_a, self.held_b) if self.enabled else (None,) * 4
-        y: torch.Tensor = _AdaptedProduct.apply(x, a, b, held_a, held_b, self.base, self.scaling)  # type: ignore[no-untyped-call]
+        factors: tuple[torch.Tensor | None, ...] = (self.a, self.b, self.held_a, self.held_b)
+        if not self.enabled:
+            factors = (None,) * 4
+        elif self.order is not None:
+            downs, ups = (self.a, self.held_a), (self.b, self.held_b)
+            a = torch.cat([down.float() for down in downs if down is not None])[self.order]
+            b = torch.cat([up.float() for up in ups if up is not None], dim=1)[:, self.order]
+            factors = (a, b, None, None)
+        y: torch.Tensor = _AdaptedProduct.apply(x, *factors, self.base, self.scaling)  # type: ignore[no-untyped-call]
         return y

@@ -7,7 +7,7 @@ low-rank pair. So all families but LoRA are attached, loaded and read by the sam
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -78,6 +78,11 @@ def without_adapter(live: LiveModel) -> Iterator[Any]:
         finally:
             for wrapper in wrappers:
                 wrapper.enabled = True
+
+
+def at_once(live: LiveModel) -> AbstractContextManager[None]:
+    """Let each pair multiply all its directions at once; see `live.at_once`."""
+    return pairs.at_once(_low_rank(live))
 
 
 def load_adapter(live: LiveModel, adapter: Adapter, directions: Mapping[str, Sequence[int]] | None = None) -> None:

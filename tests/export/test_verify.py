@@ -14,6 +14,7 @@ pytest.importorskip("bitsandbytes")
 
 from edge_runtime.train.base import load, prepare  # noqa: E402 - after the check that torch is there
 from edge_runtime.train.live import attach, load_adapter, read_all  # noqa: E402 - as above
+from export.attached import attached  # noqa: E402 - as above
 from export.float32 import in_float32  # noqa: E402 - as above
 from export.verify import logits, reference_of  # noqa: E402 - as above
 from tests.train import tiny  # noqa: E402 - as above
@@ -59,6 +60,26 @@ def test_a_model_that_trains_in_bfloat16_is_compared_in_float32_and_keeps_its_bi
     for name, tensor in narrow.model.state_dict().items():
         assert tensor.dtype == before[name].dtype
         assert torch.equal(tensor, before[name])
+
+
+def test_directions_trained_and_held_round_as_one_product_does_and_only_while_they_are_compared(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    """Whoever reads the adapter has one product, and float32 tells the sum of two from it."""
+    prepared = prepare(str(tiny_base), precision="nf4", cache=tmp_path)
+    apart = attach(load(prepared, compute_dtype="fp32").model, tiny.MIXED, scaling=2.0)
+    load_adapter(apart, tiny.random_adapter(tiny.MIXED), {tiny.layer(1, "q_proj"): (5, 0, 3, 1)})
+    together = attached(load(prepared, compute_dtype="fp32").model, read_all(apart), scaling=2.0)
+    (tmp_path / "apart").mkdir()
+    (tmp_path / "together").mkdir()
+    before = logits(apart.model, PROMPTS)
+    found = reference_of(apart, PROMPTS, tmp_path / "apart", count=2)
+    expected = reference_of(together, PROMPTS, tmp_path / "together", count=2)
+
+    for one, other in zip(found.live, expected.live, strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(logits(apart.model, PROMPTS), before)
+    assert (before != logits(together.model, PROMPTS)).any()
 
 
 def test_a_tied_head_stays_tied_and_is_not_widened_as_a_whole(tiny_base: Path) -> None:
