@@ -54,6 +54,15 @@ class Magnitude(torch.nn.Module):
         return self.base.held_b
 
     @property
+    def order(self) -> torch.Tensor | None:
+        """See `LoraLinear`."""
+        return self.base.order
+
+    @order.setter
+    def order(self, order: torch.Tensor | None) -> None:
+        self.base.order = order
+
+    @property
     def weight(self) -> torch.Tensor:
         """The frozen one, as it is kept."""
         return self.base.weight

@@ -113,12 +113,12 @@ def at_once(live: LiveModel) -> Iterator[None]:
     """
     modules = {name: module for name, module in _adapted(live).items() if live.slot.layers[name].trained}
     for name, module in modules.items():
-        _of_pair(module).order = torch.from_numpy(_order(live, name)).to(_of_pair(module).weight.device)
+        module.order = torch.from_numpy(_order(live, name)).to(module.weight.device)
     try:
         yield
     finally:
         for module in modules.values():
-            _of_pair(module).order = None
+            module.order = None
 
 
 def load_adapter(live: LiveModel, adapter: Adapter, directions: Mapping[str, Sequence[int]] | None = None) -> None:
@@ -186,12 +186,6 @@ def trainable_parameters(live: LiveModel) -> dict[str, torch.nn.Parameter]:
 
 def _adapted(live: LiveModel) -> dict[str, LoraLinear]:
     return {name: live.model.get_submodule(name) for name, layer in live.slot.layers.items() if layer.held}
-
-
-def _of_pair(module: Any) -> LoraLinear:
-    """The layer with a pair of factors, also where its rows have magnitudes of their own around it."""
-    found: LoraLinear = module if isinstance(module, LoraLinear) else module.base
-    return found
 
 
 def exchange(model: Any, name: str, module: torch.nn.Module) -> None:
