@@ -79,7 +79,7 @@ class Conversation:
             # Nothing of ours is still on its way, so the silence is not that of a slow link.
             self._heard = self._clock()
             self._silences += 1
-            if self.state.directive is None or asks_after(self._silences):
+            if self.state.directive is None or _asks_after(self._silences):
                 # A broker may lose a Directive, above all one that is published while a subscription begins; another
                 # subscription makes it look again. It may as well have nothing to say for hours, so ever more rarely.
                 self._transport.subscribe(topics.directive(self._fleet))
@@ -181,6 +181,6 @@ class Conversation:
         self.apply(agent.Recut(offer))
 
 
-def asks_after(silences: int) -> bool:
+def _asks_after(silences: int) -> bool:
     """Whether to ask for the Directive: after 1, 2, 4 … silences, and in the end once in `MOST_SILENCES`."""
-    return silences.bit_count() == 1 if silences < MOST_SILENCES else silences % MOST_SILENCES == 0
+    return silences.bit_count() == 1 or silences % MOST_SILENCES == 0
