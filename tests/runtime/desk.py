@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +85,27 @@ class Desk:
             said += self.work()
         return said
 
-    def work(self) -> list[Message]:
-        """Let the device take all that waits for it; returns what it says, chunks of uploads aside."""
-        idle = 0
+    def work(self, *steps: float | Callable[[], object]) -> list[Message]:
+        """Let the device take all that waits for it, in one run; returns what it says, chunks of uploads aside.
+
+        Args:
+            steps: what happens meanwhile, each when nothing waits: seconds pass, or something is done.
+        """
+        left, idle = list(steps), 0
 
         def stop() -> bool:
             nonlocal idle
             idle = 0 if self.transport._something_to_take() else idle + 1
-            return idle > 2
+            if idle <= 2:
+                return False
+            if not left:
+                return True
+            idle, now = 0, left.pop(0)
+            if callable(now):
+                now()
+            else:
+                self.clock.now += now
+            return False
 
         self.client.run(stop, poll=0.0)
         return self.heard()

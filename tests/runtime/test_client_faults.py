@@ -42,14 +42,8 @@ from tests.runtime.toy import SHAPES
 
 def hear_nothing(desk: Desk, seconds: float) -> list[Message]:
     """What the device says while that time passes and nothing arrives."""
-    turns = iter([0.0, seconds, 0.0])
-
-    def stop() -> bool:
-        desk.clock.now += (passed := next(turns, -1.0)) * (passed > 0)
-        return passed < 0
-
-    desk.client.run(stop, poll=0.0)
-    return of(Hello, said := desk.heard()) + of(Offer, said)
+    said = desk.work(seconds)
+    return of(Hello, said) + of(Offer, said)
 
 
 def test_what_is_not_answered_is_said_again_after_a_while(desk: Desk) -> None:
@@ -232,28 +226,6 @@ def test_nonsense_is_said_and_dropped(desk: Desk) -> None:
     assert desk.disk.outbox is None
 
 
-def live(desk: Desk, *steps: float | Callable[[], object]) -> list[Message]:
-    """What a device says in one run, in which this happens: seconds pass, or something is done."""
-    left, idle = list(steps), 0
-
-    def stop() -> bool:
-        nonlocal idle
-        idle = 0 if desk.transport._something_to_take() else idle + 1
-        if idle <= 2:
-            return False
-        if not left:
-            return True
-        idle, now = 0, left.pop(0)
-        if callable(now):
-            now()
-        else:
-            desk.clock.now += now
-        return False
-
-    desk.client.run(stop, poll=0.0)
-    return desk.heard()
-
-
 def without_bands(desk: Desk) -> dict[str, bytes]:
     """Tell a device to fetch what its broker has lost; the chunks that are lost."""
     desk.tell(directive("gather"), WELCOME)
@@ -282,8 +254,8 @@ def askings(desk: Desk, topic: str) -> list[float]:
 def test_bands_that_the_broker_learns_of_late_are_asked_for_again(desk: Desk) -> None:
     late = without_bands(desk)
     desk.broker._exchange.retained.update(late)  # a leaf hears from its hub, and tells nobody who subscribed before
-    assert not of(Offer, live(desk, STILL_SECONDS - 1))
-    assert of(Offer, live(desk, 2.0))
+    assert not of(Offer, desk.work(STILL_SECONDS - 1))
+    assert of(Offer, desk.work(2.0))
 
 
 def test_bands_that_may_be_on_their_way_are_not_asked_for_again(desk: Desk) -> None:
@@ -307,26 +279,26 @@ def test_bands_that_may_be_on_their_way_are_not_asked_for_again(desk: Desk) -> N
         again.append(0.0)
 
     desk.transport.publish = said  # type: ignore[method-assign]
-    live(desk, arrives, STILL_SECONDS + 1, *[STILL_SECONDS] * 20, note, arrives, 0.0)
+    desk.work(arrives, STILL_SECONDS + 1, *[STILL_SECONDS] * 20, note, arrives, 0.0)
     assert len(again) > 1, "as soon as it is acknowledged, and not before"
 
 
 def test_a_chunk_that_comes_begins_the_wait_for_the_others_anew(desk: Desk) -> None:
     first, second, *_ = without_bands(desk).items()
     again = askings(desk, "/blob/")
-    live(
-        desk, STILL_SECONDS - 1, lambda: desk.server.publish(*first),
+    desk.work(
+        STILL_SECONDS - 1, lambda: desk.server.publish(*first),
         STILL_SECONDS - 1, lambda: desk.server.publish(*second), STILL_SECONDS - 1,
     )  # fmt: skip
     assert not again
-    live(desk, STILL_SECONDS + 1)
+    desk.work(STILL_SECONDS + 1)
     assert again
 
 
 def test_bands_that_do_not_come_are_asked_for_ever_more_rarely(desk: Desk) -> None:
     without_bands(desk)
     again, began = askings(desk, "/blob/"), desk.clock.now
-    live(desk, *[1.0] * 660)
+    desk.work(*[1.0] * 660)
     times = sorted({when - began for when in again})
     assert times == [10, 30, 70, 150, 310, 630]
 
@@ -339,9 +311,9 @@ def test_a_directive_that_the_broker_lost_on_the_way_is_asked_for(desk: Desk) ->
     def lose() -> None:
         desk.broker._exchange.retained[topics.directive(FLEET)] = dump(asked)  # and nobody is told
 
-    assert not of(Offer, live(desk, lose, REPEAT_SECONDS - 1))
+    assert not of(Offer, desk.work(lose, REPEAT_SECONDS - 1))
     desk.broker._exchange.retained.clear()
-    [update] = of(Offer, live(desk, lambda: desk.publish(adapter(2)), lose, REPEAT_SECONDS + 1))
+    [update] = of(Offer, desk.work(lambda: desk.publish(adapter(2)), lose, REPEAT_SECONDS + 1))
     assert update.round == 2
 
 
@@ -350,8 +322,8 @@ def test_a_device_that_waits_for_hours_asks_for_the_directive_ever_more_rarely(d
     desk.tell(Accepted(sha256=offer.blob.sha256, round=1))
     again, began = askings(desk, "/round"), desk.clock.now
     news = desk.publish(adapter(2), round_number=2, version=1)
-    live(
-        desk, *[REPEAT_SECONDS] * (3 * MOST_SILENCES + 3),
+    desk.work(
+        *[REPEAT_SECONDS] * (3 * MOST_SILENCES + 3),
         lambda: desk.server.publish(topics.directive(FLEET), dump(news)), REPEAT_SECONDS,
     )  # fmt: skip
     silences = [round((when - began) / REPEAT_SECONDS) for when in again]
